@@ -1,0 +1,44 @@
+"""The command line. This entry answers --help and --version itself, so neither pays for importing torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lightning_prune import __version__
+
+HELP = """\
+usage: lightning_prune [--help] [--version] [--debug] <verb> [options]
+
+Make pretrained diffusion models cheaper to sample.
+
+  fit        train, prune or search as a config says; leaves runs/<name>/ with report and artifact
+  validate   one validation pass of a config and checkpoint
+  test       evaluate a config and checkpoint on held-out data
+  predict    draw images for held-out labels
+
+  lightning_prune fit --config configs/quickstart.yaml
+  lightning_prune fit --config x.yaml --print_config      the complete, reusable config
+  lightning_prune fit --config x.yaml --run.wandb online  the same run, tracked online
+  lightning_prune fit --help                              every option of fit
+
+Exit status: 0 done, 1 a defect of ours, 2 bad input or impossible request, 3 a quality gate not met.
+--debug shows the traceback behind a one-line error.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"lightning_prune {__version__}")
+        return 0
+    from lightning_prune.cli.errors import one_line_errors
+    from lightning_prune.cli.trainer_cli import run
+
+    return one_line_errors(lambda: run(args), debug)

@@ -1,0 +1,75 @@
+"""Where a run writes: one folder that no second run overwrites."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lightning_prune.protocols import InputError
+
+_ENV = "LIGHTNING_PRUNE_RUN_FOLDER"
+
+
+@dataclass
+class RunSettings:
+    """Where and under which name a run is recorded.
+
+    Args:
+        root: folder that holds all runs.
+        name: folder of this run inside `root`; if it exists, a number is appended.
+        wandb: "offline" writes a W&B record to disk, "online" also sends it, "disabled" writes none.
+        project: W&B project.
+        checkpoint_every: optimizer steps between checkpoints.
+    """
+
+    root: str = "runs"
+    name: str = "run"
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "lightning_prune"
+    checkpoint_every: int = 500
+
+
+def resolve(settings: RunSettings, ckpt_path: str | None) -> Path:
+    """The folder of this run, not yet created.
+
+    A checkpoint inside `<root>/<name>*` continues in its own folder; otherwise an existing folder is left alone
+    and the next free number is taken. Processes of one launch agree through the environment.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    if chosen := os.environ.get(_ENV):
+        return Path(chosen)
+    folder = _resumed(settings, ckpt_path) or _next_free(Path(settings.root) / settings.name)
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"run.root: cannot write to {existing}")
+    os.environ[_ENV] = str(folder)
+    return folder
+
+
+def forget() -> None:
+    """Let the next command in this process choose a folder of its own."""
+    os.environ.pop(_ENV, None)
+
+
+def _resumed(settings: RunSettings, ckpt_path: str | None) -> Path | None:
+    if ckpt_path is None:
+        return None
+    root = Path(settings.root).resolve()
+    for parent in Path(ckpt_path).resolve().parents:
+        if parent.parent == root:
+            return Path(settings.root) / parent.name
+    return None
+
+
+def _next_free(folder: Path) -> Path:
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate

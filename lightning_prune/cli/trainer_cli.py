@@ -1,0 +1,92 @@
+"""fit, validate, test and predict: Lightning's command line over `PruningModule` and any data module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+import lightning_prune.callbacks  # noqa: F401  makes short class names known
+import lightning_prune.data  # noqa: F401
+import lightning_prune.methods.dense  # noqa: F401
+from lightning_prune.cli import run_folder
+from lightning_prune.cli.run_folder import RunSettings
+from lightning_prune.module import PruningModule
+
+
+class PruningCLI(LightningCLI):
+    """Lightning's command line with a run folder, loggers and checkpoints of its own."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunSettings, "run")
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.settings = RunSettings(**vars(config.run))
+        self.folder = run_folder.resolve(self.settings, config.get("ckpt_path"))
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self._get(self.config_init, "trainer", default={})
+        return super().instantiate_trainer(
+            **{
+                "default_root_dir": str(self.folder),
+                "logger": self._get(self.config_init, "trainer.logger") or loggers(self.settings, self.folder),
+                "callbacks": [*(config.get("callbacks") or []), *self._standing_callbacks(config)],
+                "use_distributed_sampler": False,
+                **kwargs,
+            }
+        )
+
+    def _standing_callbacks(self, config: Any) -> list[Callback]:
+        given = config.get("callbacks") or []
+        callbacks: list[Callback] = []
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(RichProgressBar())
+        if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
+            callbacks.append(
+                ModelCheckpoint(
+                    dirpath=self.folder / "checkpoints",
+                    save_last=True,
+                    save_top_k=0,
+                    every_n_train_steps=self.settings.checkpoint_every,
+                )
+            )
+        return callbacks
+
+
+def loggers(settings: RunSettings, folder: Path) -> list[Logger]:
+    """A CSV file in the run folder, and W&B unless disabled."""
+    chosen: list[Logger] = [CSVLogger(save_dir=folder, name="", version="")]
+    if settings.wandb != "disabled":
+        folder.mkdir(parents=True, exist_ok=True)
+        offline = settings.wandb == "offline"
+        chosen.append(WandbLogger(project=settings.project, name=folder.name, save_dir=folder, offline=offline))
+    return chosen
+
+
+def run(args: Sequence[str]) -> int:
+    """Parse `args` and run the verb. Returns the exit status."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    torch.set_flush_denormal(True)
+    try:
+        PruningCLI(
+            PruningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, "prog": "lightning_prune"},
+            args=list(args),
+        )
+    finally:
+        run_folder.forget()
+    return 0

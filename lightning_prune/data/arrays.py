@@ -1,0 +1,96 @@
+"""The base of in-memory data modules: uint8 images and labels, padded and scaled to [-1, 1] when read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_prune.data.loader import ResumableLoader
+
+Split = Literal["train", "reference", "held_out"]
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 [...] in 0..255 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] to uint8, rounded to nearest, values outside the range clipped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+@dataclass
+class LabelledImages(Dataset[dict[str, Tensor]]):
+    """uint8 `images` [N, C, H, W] with integer `labels` [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": to_unit_range(self.images[index]), "cond": self.labels[index]}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
+        x, cond = to_unit_range(self.images[indices]), self.labels[indices]
+        return [{"x": a, "cond": b} for a, b in zip(x, cond, strict=True)]
+
+
+class ArrayData(pl.LightningDataModule, ABC):
+    """A data set that fits in memory.
+
+    Batches are dictionaries: `x` float [B, C, H, W] in [-1, 1] and `cond` int64 [B].
+
+    Args:
+        batch_size: samples per process and batch.
+        seed: seed of the order.
+        workers: worker processes of the loader; in-memory data needs none.
+        validation_samples: held-out images that one validation pass reads.
+    """
+
+    num_classes: int
+    name: str
+
+    def __init__(self, batch_size: int = 64, seed: int = 0, workers: int = 0, validation_samples: int = 512) -> None:
+        super().__init__()
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.validation_samples = validation_samples
+        self._splits: dict[Split, LabelledImages] = {}
+
+    @abstractmethod
+    def read(self, split: Split) -> LabelledImages:
+        """Read one split from disk. Raises `InputError` naming the file that is missing or damaged."""
+
+    def split(self, split: Split) -> LabelledImages:
+        """One split, read once."""
+        if split not in self._splits:
+            self._splits[split] = self.read(split)
+        return self._splits[split]
+
+    def _loader(self, split: Split, shuffle: bool, limit: int | None = None) -> ResumableLoader:
+        data = self.split(split)
+        if limit is not None:
+            data = LabelledImages(data.images[:limit], data.labels[:limit])
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        size = min(self.batch_size, len(data))
+        return ResumableLoader(data, size, self.seed, shuffle, rank, world, self.workers)
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self._loader("held_out", shuffle=False, limit=self.validation_samples)
+
+    def test_dataloader(self) -> ResumableLoader:
+        return self._loader("held_out", shuffle=False)
+
+    def predict_dataloader(self) -> ResumableLoader:
+        return self._loader("held_out", shuffle=False, limit=self.validation_samples)

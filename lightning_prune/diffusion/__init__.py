@@ -1,0 +1,1 @@
+"""Diffusion processes, samplers and the backbone families. Pure torch and diffusers, no Lightning."""

@@ -1,0 +1,40 @@
+"""DiT: diffusers' `DiTTransformer2DModel`, class-conditional (Peebles and Xie 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor
+
+from lightning_prune.diffusion.models.base import Denoiser
+
+
+class DiT(Denoiser):
+    """A diffusion transformer with adaptive layer norm, as stored by diffusers."""
+
+    network_class: ClassVar[type[ModelMixin]] = DiTTransformer2DModel
+
+    def __init__(
+        self, weights: str | None = None, config: dict[str, Any] | None = None, subfolder: str | None = None
+    ) -> None:
+        super().__init__(weights, config, subfolder)
+        stored = self.network.config
+        self.sample_shape = (stored.in_channels, stored.sample_size, stored.sample_size)
+        self.num_classes = stored.num_embeds_ada_norm
+        # Each diffusers block drops labels on its own in training mode, so one sample would be conditional in
+        # some blocks and not in others. Label dropout is the method's, once per sample.
+        for layer in self.network.modules():
+            if isinstance(layer, LabelEmbedding):
+                layer.dropout_prob = 0.0
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        # A learned variance, where there is one, is in the channels behind the prediction.
+        output: Tensor = self.network(x, timestep=t, class_labels=cond).sample
+        return output[:, : x.shape[1]]
+
+    def default_dense(self) -> Sequence[str]:
+        """Patch embedding, timestep and label embedding, modulation and output projection."""
+        return (r"pos_embed\..*", r".*norm1\..*", r"proj_out_[12]")

@@ -1,0 +1,1 @@
+"""One folder per method; methods never import each other."""

@@ -1,0 +1,195 @@
+"""PruningModule: the plumbing every method shares. A method returns a loss and values to log, nothing more."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import ddim_sample, guided, initial_noise
+from lightning_prune.protocols import InputError
+from lightning_prune.seeds import derive
+
+Batch = Mapping[str, Tensor]
+LrSchedule = Literal["constant", "cosine", "linear"]
+
+
+def lr_factor(step: int, total: float, warmup: int, schedule: LrSchedule) -> float:
+    """Learning-rate multiplier at `step` (from 0): linear warm-up over `warmup` steps, then the schedule to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant" or not math.isfinite(total):
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
+    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+
+
+class PruningModule(pl.LightningModule):
+    """Denoiser, diffusion process, weight averaging, optimizer and sampling.
+
+    Randomness of training step k is seeded by (seed, k, rank), so a resumed run draws what the uninterrupted one
+    would have drawn, and evaluation cannot disturb it.
+
+    Args:
+        denoiser: the network to train or prune.
+        process: forward process and training target.
+        optimizer: callable that makes the optimizer from the parameters.
+        lr_schedule: shape of the learning rate after the warm-up.
+        warmup_steps: steps of linear warm-up.
+        ema_decay: decay of the exponential moving average of the weights; null for none.
+        label_dropout: probability that a sample's label is replaced by "no class", for guidance.
+        seed: seed of timesteps, noise and label dropout.
+        compile: run the training forward through torch.compile.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        process: Process,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_schedule: LrSchedule = "constant",
+        warmup_steps: int = 0,
+        ema_decay: float | None = 0.999,
+        label_dropout: float = 0.0,
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_dropout < 1:
+            raise InputError(f"model.label_dropout: {label_dropout} is not in [0, 1)")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise InputError(f"model.ema_decay: {ema_decay} is not in (0, 1)")
+        self.denoiser = denoiser
+        self.process = process
+        self.make_optimizer = optimizer
+        self.lr_schedule: LrSchedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.ema_decay = ema_decay
+        self.label_dropout = label_dropout
+        self.seed = seed
+        self.compile_training = compile
+        self._compiled: Callable[..., Tensor] | None = None
+
+    # What a method provides
+
+    @abstractmethod
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss of a batch and further values to log, drawing randomness from `generator` alone."""
+
+    def weights_changed(self) -> None:
+        """Called whenever weights were changed in place: after a step, after averaging swaps, after loading."""
+
+    # Training
+
+    def predict(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """The denoiser's output; compiled while training where asked for."""
+        if not (self.training and self.compile_training):
+            return self.denoiser(x, t, cond)  # type: ignore[no-any-return]
+        if self._compiled is None:
+            self._compiled = torch.compile(self.denoiser)
+        return self._compiled(x, t, cond)
+
+    def diffuse(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noise a batch. Returns x_t [B, C, H, W], t [B], cond [B] after label dropout, and the target."""
+        x0, cond = batch["x"], batch["cond"]
+        t = self.process.draw_timesteps(len(x0), generator)
+        noise = torch.randn(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype)
+        if self.label_dropout > 0:
+            drop = torch.rand(len(x0), generator=generator, device=generator.device) < self.label_dropout
+            cond = torch.where(drop, self.denoiser.null_condition(cond), cond)
+        return self.process.add_noise(x0, noise, t), t, cond, self.process.target(x0, noise, t)
+
+    def step_generator(self, stream: int, index: int) -> torch.Generator:
+        """Generator of one step; it also seeds torch's own, which dropout layers draw from."""
+        step_seed = derive(self.seed, stream, index, self.global_rank)
+        torch.manual_seed(step_seed)
+        return torch.Generator(device=self.device).manual_seed(step_seed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        index = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        loss, values = self.loss(batch, self.step_generator(0, index))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {self.global_step}; lower the learning rate")
+        self.log("loss", loss, prog_bar=True)
+        self.log_dict(values)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            loss, _ = self.loss(batch, self.step_generator(1, batch_idx))
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["x"]))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] for the labels of the batch."""
+        first = batch_idx * len(batch["cond"])
+        ids = torch.arange(first, first + len(batch["cond"]))
+        return self.sample_images(ids, batch["cond"].cpu())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        total = self.trainer.estimated_stepping_batches if self.lr_schedule != "constant" else math.inf
+        scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, total, self.warmup_steps, self.lr_schedule))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[Callback]:
+        # Added behind the user's callbacks: those that evaluate at the end of a validation epoch run before this
+        # one swaps the averaged weights out again. Masks are derived from weights, so buffers are not averaged.
+        return [] if self.ema_decay is None else [EMAWeightAveraging(use_buffers=False, decay=self.ema_decay)]
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample_images(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        steps: int = 20,
+        guidance: float = 1.0,
+        seed: int = 0,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] for sample `ids` [B] and `labels` [B], by deterministic DDIM."""
+        noise = initial_noise(ids, self.denoiser.sample_shape, seed).to(self.device)
+        was_training = self.denoiser.training
+        self.denoiser.eval()
+        try:
+            predict = guided(self.denoiser, self.denoiser.null_condition, guidance)
+            return ddim_sample(predict, self.process, noise, labels.to(self.device), steps, on_step)
+        finally:
+            self.denoiser.train(was_training)
+
+    # Moments at which weights change in place
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.weights_changed()
+
+    def on_train_start(self) -> None:
+        self.weights_changed()
+
+    def on_train_end(self) -> None:
+        self.weights_changed()
+
+    def on_validation_epoch_start(self) -> None:
+        self.weights_changed()
+
+    def on_validation_epoch_end(self) -> None:
+        self.weights_changed()
+
+    def on_test_epoch_start(self) -> None:
+        self.weights_changed()
+
+    def on_predict_epoch_start(self) -> None:
+        self.weights_changed()

@@ -1,0 +1,114 @@
+"""What the layers promise each other: small values and structural types, no behaviour.
+
+Nothing here imports from the rest of the package, so every layer may import this one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Input a user can correct: one line naming the key or the file. The command line ends with status 2."""
+
+
+@dataclass(frozen=True, order=True)
+class Sparsity:
+    """An N:M pattern: keep `n` of every `m` consecutive weights along the input dimension.
+
+    `n == m` is dense. Written "2:4" wherever people read or write it.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m:
+            raise InputError(f"sparsity {self.n}:{self.m}: N:M keeps N of every M weights, so 1 <= N <= M")
+
+    @classmethod
+    def parse(cls, text: str | Sparsity) -> Sparsity:
+        """Read "2:4". Raises `InputError` when the text is not N:M with 1 <= N <= M."""
+        if isinstance(text, Sparsity):
+            return text
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
+        if match is None:
+            raise InputError(f"sparsity {text!r}: expected N:M, for example 2:4")
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def density(self) -> float:
+        """Fraction of weights kept, in (0, 1]."""
+        return self.n / self.m
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of weights removed, in [0, 1)."""
+        return 1 - self.density
+
+    @property
+    def is_dense(self) -> bool:
+        return self.n == self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class PrunableUnit:
+    """One part of a network that a method may touch.
+
+    Attributes:
+        name: qualified name of the module inside the network.
+        kind: "linear" or "conv" for weights fit for N:M; further kinds name blocks and channel groups.
+        parameters: qualified names of the parameters that belong together.
+        group_size: length of the input dimension that N:M groups run along.
+    """
+
+    name: str
+    kind: str
+    parameters: tuple[str, ...]
+    group_size: int
+
+
+@runtime_checkable
+class DenoiserLike(Protocol):
+    """A network that predicts the diffusion target from a noisy sample."""
+
+    sample_shape: tuple[int, ...]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
+
+    def null_condition(self, cond: Any) -> Any: ...
+
+    def anatomy(self) -> Sequence[PrunableUnit]: ...
+
+
+@runtime_checkable
+class SparsityControl(Protocol):
+    """Something whose weight sparsity can be changed and inspected while it trains."""
+
+    def set_sparsity(self, sparsity: Sparsity | None) -> None: ...
+
+    def density_by_layer(self) -> Mapping[str, float]: ...
+
+    def mask_violations(self) -> int: ...
+
+
+@runtime_checkable
+class ImageSampler(Protocol):
+    """Something that draws images in [-1, 1] for sample ids and labels, a pure function of both."""
+
+    def sample_images(self, ids: Tensor, labels: Tensor, steps: int, guidance: float) -> Tensor: ...
+
+
+@runtime_checkable
+class CostModel(Protocol):
+    """Something that knows the multiply-accumulates of one network call, by layer."""
+
+    def kept_fraction(self) -> Mapping[str, float]: ...

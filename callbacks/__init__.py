@@ -1,1 +1,19 @@
-"""Callbacks."""
+"""Callbacks. Each asks the module for a capability (see `protocols`), never for a class."""
+
+from lightning_prune.callbacks.distance_evaluation import DistanceEvaluation
+from lightning_prune.callbacks.efficiency_report import EfficiencyReport
+from lightning_prune.callbacks.mask_invariant import MaskInvariant
+from lightning_prune.callbacks.progress import StepProgress
+from lightning_prune.callbacks.run_record import RunRecord
+from lightning_prune.callbacks.sample_grid import SampleGrid
+from lightning_prune.callbacks.sparsity_ramp import SparsityRamp
+
+__all__ = [
+    "DistanceEvaluation",
+    "EfficiencyReport",
+    "MaskInvariant",
+    "RunRecord",
+    "SampleGrid",
+    "SparsityRamp",
+    "StepProgress",
+]

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.samplers import ddim_sample, guided, initial_noise
-from lightning_prune.protocols import InputError
+from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.protocols import InputError, ResultHook
 from lightning_prune.seeds import derive
 
 Batch = Mapping[str, Tensor]
@@ -150,7 +150,6 @@ class PruningModule(pl.LightningModule):
 
     # Sampling
 
-    @torch.no_grad()
     def sample_images(
         self,
         ids: Tensor,
@@ -161,14 +160,11 @@ class PruningModule(pl.LightningModule):
         on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] for sample `ids` [B] and `labels` [B], by deterministic DDIM."""
-        noise = initial_noise(ids, self.denoiser.sample_shape, seed).to(self.device)
-        was_training = self.denoiser.training
-        self.denoiser.eval()
-        try:
-            predict = guided(self.denoiser, self.denoiser.null_condition, guidance)
-            return ddim_sample(predict, self.process, noise, labels.to(self.device), steps, on_step)
-        finally:
-            self.denoiser.train(was_training)
+        return sample_images(self.denoiser, self.process, ids, labels, steps, guidance, seed, on_step)
+
+    def variants(self) -> dict[str, Denoiser]:
+        """Networks to report beside each other, by row name; the last is this method's result."""
+        return {"result": self.denoiser}
 
     # Moments at which weights change in place
 
@@ -180,7 +176,11 @@ class PruningModule(pl.LightningModule):
         self.weights_changed()
 
     def on_train_end(self) -> None:
+        # Lightning calls the module after every callback, so weight averaging has copied its weights by now.
         self.weights_changed()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ResultHook):
+                callback.on_result(self.trainer, self)
 
     def on_validation_epoch_start(self) -> None:
         self.weights_changed()

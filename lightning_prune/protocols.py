@@ -108,6 +108,32 @@ class ImageSampler(Protocol):
 
 
 @runtime_checkable
+class VariantSource(Protocol):
+    """Something that names the networks to report beside each other; the last one is its result."""
+
+    process: Any
+
+    def variants(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class ResultHook(Protocol):
+    """A callback that works on the final weights, after averaging has put them in place."""
+
+    def on_result(self, trainer: Any, pl_module: Any) -> None: ...
+
+
+class ReferenceData(Protocol):
+    """A labelled data set with a training split, a reference split and a held-out split of uint8 images."""
+
+    name: str
+    num_classes: int
+
+    def split(self, split: Any) -> Any:
+        """An object with `images` uint8 [N, C, H, W] and `labels` int64 [N]."""
+
+
+@runtime_checkable
 class CostModel(Protocol):
     """Something that knows the multiply-accumulates of one network call, by layer."""
 

@@ -16,6 +16,7 @@ Make pretrained diffusion models cheaper to sample.
   validate   one validation pass of a config and checkpoint
   test       evaluate a config and checkpoint on held-out data
   predict    draw images for held-out labels
+  export     turn a checkpoint into an artifact
 
   lightning_prune fit --config configs/quickstart.yaml
   lightning_prune fit --config x.yaml --print_config      the complete, reusable config
@@ -39,6 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lightning_prune {__version__}")
         return 0
     from lightning_prune.cli.errors import one_line_errors
-    from lightning_prune.cli.trainer_cli import run
 
-    return one_line_errors(lambda: run(args), debug)
+    return one_line_errors(lambda: _dispatch(args), debug)
+
+
+def _dispatch(args: Sequence[str]) -> int:
+    if args[0] == "export":
+        from lightning_prune.cli import export
+
+        return export.run(args[1:])
+    from lightning_prune.cli import trainer_cli
+
+    return trainer_cli.run(args)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 import lightning_prune.callbacks  # noqa: F401  makes short class names known
 import lightning_prune.data  # noqa: F401
-import lightning_prune.methods.dense  # noqa: F401
+import lightning_prune.methods.dense
+import lightning_prune.methods.sparsedm  # noqa: F401
+from lightning_prune.callbacks import RunRecord, StepProgress
 from lightning_prune.cli import run_folder
 from lightning_prune.cli.run_folder import RunSettings
 from lightning_prune.module import PruningModule
@@ -46,9 +49,9 @@ class PruningCLI(LightningCLI):
 
     def _standing_callbacks(self, config: Any) -> list[Callback]:
         given = config.get("callbacks") or []
-        callbacks: list[Callback] = []
+        callbacks: list[Callback] = [RunRecord(self._resolved())]
         if config.get("enable_progress_bar") is not False:
-            callbacks.append(RichProgressBar())
+            callbacks.append(StepProgress())
         if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
             callbacks.append(
                 ModelCheckpoint(
@@ -59,6 +62,14 @@ class PruningCLI(LightningCLI):
                 )
             )
         return callbacks
+
+    def _resolved(self) -> str:
+        """The complete configuration of this verb, a file that `--config` reads back."""
+        parser = self._parser(self.subcommand)
+        config = self.config[self.subcommand].clone()
+        config.pop("config", None)
+        text: str = parser.dump(config, skip_none=False)
+        return text
 
 
 def loggers(settings: RunSettings, folder: Path) -> list[Logger]:
@@ -75,6 +86,7 @@ def run(args: Sequence[str]) -> int:
     """Parse `args` and run the verb. Returns the exit status."""
     os.environ.setdefault("WANDB_SILENT", "true")
     torch.set_flush_denormal(True)
+    argv, sys.argv = sys.argv, ["lightning_prune", *args]
     try:
         PruningCLI(
             PruningModule,
@@ -85,8 +97,9 @@ def run(args: Sequence[str]) -> int:
             save_config_callback=None,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "prog": "lightning_prune"},
-            args=list(args),
+            args=None,
         )
     finally:
+        sys.argv = argv
         run_folder.forget()
     return 0

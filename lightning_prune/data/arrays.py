@@ -7,23 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_prune.data.loader import ResumableLoader
+from lightning_prune.pixels import to_unit_range
 
 Split = Literal["train", "reference", "held_out"]
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 [...] in 0..255 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float images in [-1, 1] to uint8, rounded to nearest, values outside the range clipped."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.protocols import InputError
 from lightning_prune.seeds import derive
@@ -81,3 +82,28 @@ def ddim_sample(
         output = predict(x, torch.full((len(x),), t, device=x.device, dtype=torch.long), cond)
         x = scheduler.step(output, t, x, eta=0.0).prev_sample
     return x
+
+
+def sample_images(
+    denoiser: Denoiser,
+    process: Process,
+    ids: Tensor,
+    labels: Tensor,
+    steps: int = 20,
+    guidance: float = 1.0,
+    seed: int = 0,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Samples [B, C, H, W] of `denoiser` for sample `ids` [B] and `labels` [B], on the denoiser's device.
+
+    The denoiser is left in the mode it was in.
+    """
+    device = next(denoiser.parameters()).device
+    was_training = denoiser.training
+    denoiser.eval()
+    try:
+        noise = initial_noise(ids, denoiser.sample_shape, seed).to(device)
+        predict = guided(denoiser, denoiser.null_condition, guidance)
+        return ddim_sample(predict, process, noise, labels.to(device), steps, on_step)
+    finally:
+        denoiser.train(was_training)

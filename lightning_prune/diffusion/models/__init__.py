@@ -1,7 +1,17 @@
 """One file per backbone family. A file loads its networks and describes their anatomy; nothing else knows them."""
 
-from lightning_prune.diffusion.models.base import Denoiser
-from lightning_prune.diffusion.models.dit import DiT
-from lightning_prune.diffusion.models.unet2d import UNet2D
+from __future__ import annotations
 
-__all__ = ["Denoiser", "DiT", "UNet2D"]
+import importlib
+import pkgutil
+
+from lightning_prune.diffusion.models.base import Denoiser
+
+__all__ = ["Denoiser", "families"]
+
+
+def families() -> dict[str, type[Denoiser]]:
+    """Every known family by the name of its diffusers class; a new file in this folder is found by itself."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {family.network_class.__name__: family for family in Denoiser.__subclasses__()}

@@ -1,0 +1,72 @@
+"""Periodic quality and cost: the Frechet distance of samples and the MACs kept, on a schedule, while training."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_prune.callbacks.capability import require
+from lightning_prune.callbacks.progress import sampling_progress
+from lightning_prune.metrics.evaluation import FashionEvaluator, SamplingSettings
+from lightning_prune.protocols import CostModel, ImageSampler
+
+
+class DistanceEvaluation(Callback):
+    """Log `fd_fashion` with its interval, and the MACs kept, at the end of every n-th validation pass.
+
+    The averaged weights are in place then. Samples come from their own seeds, so training is not disturbed.
+
+    Args:
+        samples: number of samples.
+        steps: DDIM steps.
+        guidance: guidance scale; 1 is none.
+        every_n_validations: validation passes between evaluations.
+        batch_size: samples drawn at once.
+    """
+
+    def __init__(
+        self,
+        samples: int = 500,
+        steps: int = 10,
+        guidance: float = 1.0,
+        every_n_validations: int = 1,
+        batch_size: int = 100,
+    ) -> None:
+        super().__init__()
+        self.settings = SamplingSettings(
+            samples=samples, steps=steps, guidance=guidance, batch_size=batch_size, name="during-training"
+        )
+        self.every_n_validations = every_n_validations
+        self._passes = 0
+        self._evaluator: FashionEvaluator | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        require(pl_module, ImageSampler, self)
+        self._evaluator = FashionEvaluator(trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._passes += 1
+        if self._passes % self.every_n_validations:
+            return
+        self._log_distance(trainer, pl_module)
+        if isinstance(pl_module, CostModel):
+            kept = {f"macs_kept_{name}": value for name, value in pl_module.kept_fraction().items()}
+            pl_module.log_dict(kept, rank_zero_only=True)
+
+    def _log_distance(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sampler, settings = require(pl_module, ImageSampler, self), self.settings
+        assert self._evaluator is not None
+        with torch.random.fork_rng(devices=[]), sampling_progress(trainer, "sampling", settings.samples) as advance:
+
+            def draw(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+                images = sampler.sample_images(ids, labels, settings.steps, settings.guidance)
+                advance(len(ids))
+                return images
+
+            score = self._evaluator.score(draw, settings)
+        values = {"fd_fashion_low": score.fd.low, "fd_fashion_high": score.fd.high, "sample_accuracy": score.accuracy}
+        pl_module.log("fd_fashion", score.fd.value, prog_bar=True, rank_zero_only=True)
+        pl_module.log_dict(values, rank_zero_only=True)

@@ -1,0 +1,107 @@
+"""One line that says how far a run is: steps, loss, sparsity, time left; also while it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SHOWN = ("loss", "sparsity", "val_loss", "fd_fashion")
+
+
+class StepProgress(ProgressBar):
+    """A rich progress bar over optimizer steps instead of epochs, with a second line while sampling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._progress: Progress | None = None
+        self._training: TaskID | None = None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def _start(self) -> Progress | None:
+        if self._enabled and self._progress is None and self.trainer.is_global_zero:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[values]}"),
+                console=Console(stderr=True),
+                refresh_per_second=2,
+            )
+            self._progress.start()
+        return self._progress
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self._training = None, None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if progress := self._start():
+            total = trainer.estimated_stepping_batches
+            self._training = progress.add_task(
+                "training", total=None if total == float("inf") else total, completed=trainer.global_step, values=""
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._progress is not None and self._training is not None:
+            metrics = trainer.progress_bar_metrics
+            values = "  ".join(f"{k} {float(metrics[k]):.3g}" for k in SHOWN if k in metrics)
+            self._progress.update(self._training, completed=trainer.global_step, values=values)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Any]:
+        """Show a task of `total` parts; yields a function that advances it by a number of parts."""
+        standing = self._progress is not None
+        progress = self._start()
+        if progress is None:
+            yield lambda parts: None
+            return
+        task = progress.add_task(description, total=total, values="")
+        try:
+            yield lambda parts: progress.advance(task, parts)
+        finally:
+            progress.remove_task(task)
+            if not standing:
+                self._stop()
+
+
+@contextmanager
+def sampling_progress(trainer: pl.Trainer, description: str, total: int) -> Iterator[Any]:
+    """The trainer's progress bar as a task, or a function that does nothing where there is no such bar."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, StepProgress):
+        with bar.task(description, total) as advance:
+            yield advance
+    else:
+        yield lambda parts: None

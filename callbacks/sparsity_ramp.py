@@ -1,0 +1,53 @@
+"""Progressive sparsity: change the pattern in place at optimizer steps that a ramp decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_prune.callbacks.capability import require
+from lightning_prune.protocols import InputError, Sparsity, SparsityControl
+from lightning_prune.pruning.ramps import check_chain, staged
+
+
+class SparsityRamp(Callback):
+    """Walk along a chain of patterns while training.
+
+    The pattern is a function of the optimizer step alone, so a resumed run needs no state to go on with it, and
+    changing it touches neither weights, nor optimizer, nor averaged weights.
+
+    Args:
+        chain: patterns in order, for example ["31:32", "15:16", "7:8", "3:4", "2:4"]; one pattern is one-step.
+        reached_at: fraction of the training steps at which the last pattern begins.
+    """
+
+    def __init__(self, chain: list[str], reached_at: float = 0.8) -> None:
+        super().__init__()
+        self.chain = [Sparsity.parse(pattern) for pattern in chain]
+        self.reached_at = reached_at
+        check_chain(self.chain, reached_at)
+        self._current: Sparsity | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        require(pl_module, SparsityControl, self)
+        target = getattr(pl_module, "target_sparsity", self.chain[-1])
+        if target != self.chain[-1]:
+            raise InputError(f"SparsityRamp.chain ends at {self.chain[-1]}, but model.sparsity is {target}")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.estimated_stepping_batches == float("inf"):
+            raise InputError("SparsityRamp needs trainer.max_steps or max_epochs to know how long the run is")
+        self._current = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        total = int(trainer.estimated_stepping_batches)
+        wanted = staged(trainer.global_step, total, self.chain, self.reached_at)
+        control = require(pl_module, SparsityControl, self)
+        if wanted != self._current:
+            control.set_sparsity(wanted)
+            self._current = wanted
+        pl_module.log("sparsity", wanted.fraction, prog_bar=True)

@@ -1,0 +1,68 @@
+"""`lightning_prune export`: turn a checkpoint into an artefact. It converts; it never trains or prunes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+import lightning_prune.methods.dense
+import lightning_prune.methods.sparsedm  # noqa: F401  makes short class names known
+from lightning_prune.export import save_artifact
+from lightning_prune.module import PruningModule
+from lightning_prune.protocols import InputError
+
+
+def run(args: Sequence[str]) -> int:
+    """Parse `args` and write the artefact. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="lightning_prune export", description=__doc__, exit_on_error=False)
+    parser.add_argument("--ckpt_path", required=True, type=Path, help="checkpoint to convert")
+    parser.add_argument("--config", type=Path, help="config of the run; by default the one in the checkpoint")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
+    options = parser.parse_args(list(args))
+    if options.output.exists():
+        raise InputError(f"--output: {options.output} exists already")
+    checkpoint = read_checkpoint(options.ckpt_path)
+    config = read_config(options.config) if options.config else yaml.safe_load(checkpoint.get("config", "")) or {}
+    module = build_module(config)
+    module.load_state_dict(checkpoint["state_dict"])
+    module.weights_changed()
+    method = type(module).__name__.lower()
+    save_artifact(module.denoiser, options.output, method, {"sampler": module.process.scheduler_config})
+    print(f"wrote {options.output}")
+    return 0
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint without executing what it holds."""
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"--ckpt_path: {file}: no such file") from error
+    except Exception as error:
+        raise InputError(f"--ckpt_path: {file}: cannot be read as a checkpoint of plain tensors") from error
+    return checkpoint
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a YAML file."""
+    try:
+        content: dict[str, Any] = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config: {file}: cannot be read as YAML") from error
+    return content
+
+
+def build_module(config: dict[str, Any]) -> PruningModule:
+    """The module that the `model` section of a config describes."""
+    if "model" not in config:
+        raise InputError("--config: no `model` section; give the config of the run")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PruningModule, "model")
+    module: PruningModule = parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model
+    return module

@@ -1,0 +1,95 @@
+"""The artefact: a folder of safetensors and JSON that loads in diffusers and here, and executes nothing.
+
+    config.json  diffusion_pytorch_model.safetensors     what `from_pretrained` of the diffusers class reads
+    pruning.json                                         the manifest: what was done, checksums of every file
+
+Masked weights are written as dense tensors with valid zeros: any tool loads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from lightning_prune import __version__
+from lightning_prune.diffusion.models import Denoiser, families
+from lightning_prune.export.checksums import sha256
+from lightning_prune.protocols import InputError
+from lightning_prune.pruning.masks import effective_state, masked_layers
+
+SCHEMA = 1
+MANIFEST = "pruning.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def save_artifact(
+    denoiser: Denoiser, folder: Path, method: str, details: Mapping[str, Any]
+) -> Path:
+    """Write an artefact.
+
+    Args:
+        denoiser: the network to store.
+        folder: where to; created.
+        method: name of the method that made it.
+        details: further manifest entries (`sampler`, `protocol`, `results`, ...).
+
+    Returns:
+        `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = effective_state(denoiser.network)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _WEIGHTS)
+    config = {"_class_name": denoiser.network_class.__name__, **denoiser.config()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    manifest = {
+        "schema": SCHEMA,
+        "lightning_prune": __version__,
+        "method": [method],
+        "base": {"class": denoiser.network_class.__name__, "weights": denoiser.weights},
+        "files": {name: sha256(folder / name) for name in (_WEIGHTS, "config.json")},
+        "masks": {name: str(layer.sparsity) for name, layer in masked_layers(denoiser.network).items()},
+        **details,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check a manifest.
+
+    Raises:
+        InputError: no manifest, one of a newer schema, or a file whose checksum differs.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+        schema, files = int(manifest["schema"]), dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: missing or damaged manifest") from error
+    if schema > SCHEMA:
+        raise InputError(f"{file}: schema {schema} is newer than this version reads ({SCHEMA}); update lightning_prune")
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise InputError(f"{file}: {name!r} is not a file of the artefact")
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise InputError(f"{folder / name}: missing, or its checksum differs from {MANIFEST}")
+    return manifest
+
+
+def load(path: str | Path) -> Denoiser:
+    """Return the denoiser of an artefact, in evaluation mode.
+
+    Raises:
+        InputError: a missing, damaged or newer artefact, or a network class no backbone file describes.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    name = manifest["base"]["class"]
+    if name not in families():
+        raise InputError(f"{folder / MANIFEST}: no backbone is known for {name}")
+    denoiser: Denoiser = families()[name](weights=str(folder))
+    return denoiser.eval()

@@ -1,0 +1,152 @@
+"""The report of a run: one table whose rows share a protocol, as JSON, as Markdown and for the terminal."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_prune import __version__
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.metrics.evaluation import SamplingSettings, Score, balanced_labels
+from lightning_prune.metrics.frechet import Distance
+from lightning_prune.metrics.latency import interleaved_medians
+from lightning_prune.metrics.macs import count_denoiser, macs_per_image, weight_statistics
+from lightning_prune.protocols import InputError
+from lightning_prune.pruning.masks import MaskedLayer, effective_state, masked_layers
+
+SCHEMA = 1
+_LIBRARIES = ("torch", "lightning", "diffusers", "numpy")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one network costs: MACs of an image in a convention, parameters, and its masked share."""
+
+    macs_per_image: int
+    macs_kept: float
+    masked_share: float
+    parameters: int
+    nonzero_parameters: int
+
+
+def cost(denoiser: Denoiser, settings: SamplingSettings) -> Cost:
+    """Cost of one image in the `aten` convention; masked layers keep n/m of their products."""
+    ledger = count_denoiser(denoiser)
+    masks = {name: layer.sparsity for name, layer in masked_layers(denoiser.network).items() if layer.sparsity}
+    return Cost(
+        macs_per_image=int(macs_per_image(ledger.kept(masks), settings.steps, settings.guidance)),
+        macs_kept=float(ledger.kept_share(masks)),
+        masked_share=float(ledger.masked_share(masks)),
+        parameters=ledger.parameters,
+        nonzero_parameters=weight_statistics(baked_copy(denoiser)).nonzero,
+    )
+
+
+def baked_copy(denoiser: Denoiser) -> Denoiser:
+    """A copy whose weights hold their zeros and whose layers are plain, as an artefact loads it."""
+    copy = deepcopy(denoiser)
+    copy.network.load_state_dict(effective_state(denoiser.network))
+    for layer in copy.modules():
+        if isinstance(layer, MaskedLayer):
+            layer.set_sparsity(None)
+    return copy.requires_grad_(False)
+
+
+def seconds_per_image(
+    denoisers: Mapping[str, Denoiser], process: Process, settings: SamplingSettings, images: int, repeats: int
+) -> dict[str, float]:
+    """Median seconds an image of each network, all in one interleaved measurement on baked weights."""
+    ids, labels = torch.arange(images), balanced_labels(images, next(iter(denoisers.values())).num_classes)
+    plain = {name: baked_copy(denoiser) for name, denoiser in denoisers.items()}
+
+    def arm(denoiser: Denoiser) -> Any:
+        return lambda: sample_images(denoiser, process, ids, labels, settings.steps, settings.guidance)
+
+    medians = interleaved_medians({name: arm(denoiser) for name, denoiser in plain.items()}, repeats)
+    return {name: seconds / images for name, seconds in medians.items()}
+
+
+def row(name: str, score: Score, costs: Cost, seconds: float) -> dict[str, Any]:
+    """One row of `report.json`."""
+    return {
+        "name": name,
+        "fd_fashion": score.row(),
+        "macs_per_image": costs.macs_per_image,
+        "macs_kept": costs.macs_kept,
+        "convention": "aten",
+        "params": costs.parameters,
+        "nonzero_params": costs.nonzero_parameters,
+        "seconds_per_image": seconds,
+    }
+
+
+def build_report(
+    method: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], scores: Sequence[Score], floor: Distance
+) -> dict[str, Any]:
+    """The content of `report.json`.
+
+    Raises:
+        InputError: rows of different protocols, which no table may mix.
+    """
+    protocols = {score.protocol.hash: score.protocol.content() for score in scores}
+    if len(protocols) != 1:
+        raise InputError(f"report: rows of {len(protocols)} protocols cannot stand in one table: {sorted(protocols)}")
+    versions = {"lightning_prune": __version__, "python": platform.python_version()}
+    return {
+        "schema": SCHEMA,
+        "method": method,
+        "config": dict(config),
+        "versions": versions | {name: metadata.version(name) for name in _LIBRARIES},
+        "protocols": protocols,
+        "floor": {"value": floor.value, "low": floor.low, "high": floor.high, "samples": len(floor.influence)},
+        "rows": [dict(r) for r in rows],
+    }
+
+
+def to_markdown(report: Mapping[str, Any], notes: Sequence[str]) -> str:
+    """The report as a table for people."""
+    (protocol,) = report["protocols"].values()
+    lines = [
+        f"# {report['method']}",
+        "",
+        "| network | fd_fashion (95 %) | MACs an image (aten) | MACs kept | non-zero parameters | seconds an image |",
+        "|---|---|---|---|---|---|",
+        *[f"| {' | '.join(cells)} |" for cells in table_cells(report)],
+        "",
+        *[f"* {note}" for note in notes],
+        f"* protocol {protocol['name']}: {protocol['samples']} images, {protocol['sampler']}, "
+        f"{protocol['steps']} steps, guidance {protocol['guidance']:g}, {protocol['weights']} weights; "
+        f"interval: {protocol['interval']}; hash {next(iter(report['protocols']))}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table_cells(report: Mapping[str, Any]) -> list[list[str]]:
+    """Cells of each row, as text."""
+    return [
+        [
+            r["name"],
+            f"{r['fd_fashion']['value']:.3f} [{r['fd_fashion']['low']:.3f}, {r['fd_fashion']['high']:.3f}]",
+            f"{r['macs_per_image'] / 1e9:.3f} G",
+            f"{100 * r['macs_kept']:.1f} %",
+            f"{r['nonzero_params'] / 1e6:.2f} M of {r['params'] / 1e6:.2f} M",
+            f"{r['seconds_per_image']:.4f}",
+        ]
+        for r in report["rows"]
+    ]
+
+
+def write_report(report: Mapping[str, Any], notes: Sequence[str], folder: Path) -> None:
+    """Write `report.json` and `report.md` into `folder`."""
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "report.md").write_text(to_markdown(report, notes))

@@ -1,0 +1,91 @@
+"""`fd_fashion`: the Frechet distance on the features of a small Fashion-MNIST classifier.
+
+It is never called FID: its features are 96-dimensional and know clothes only, which is why two cores compute it
+in seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_prune.pixels import to_unit_range
+from lightning_prune.protocols import InputError
+
+EXTRACTOR_FOLDER = Path(__file__).parents[1] / "assets" / "fashion_classifier"
+FEATURES = 96
+
+
+class FashionClassifier(nn.Module):
+    """A convolutional classifier of 32x32 grey images, ten classes, 96-dimensional features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [(1, 24, 1), (24, 48, 2), (48, 96, 2), (96, FEATURES, 2)]
+        self.body = nn.Sequential(*[self._stage(i, o, stride) for i, o, stride in widths])
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(FEATURES, 10)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, stride: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU()
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features [B, 96] of uint8 `images` [B, 1, 32, 32]."""
+        pooled: Tensor = self.body(to_unit_range(images)).mean(dim=(2, 3))
+        return pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores [B, 10] of uint8 `images` [B, 1, 32, 32]."""
+        logits: Tensor = self.head(self.dropout(self.features(images)))
+        return logits
+
+
+def save_classifier(network: FashionClassifier, folder: Path, test_accuracy: float) -> None:
+    """Write weights and a small card with the checksum and the accuracy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, file)
+    card = {"features": FEATURES, "test_accuracy": test_accuracy, "sha256": checksum(file)}
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def load_classifier(folder: Path = EXTRACTOR_FOLDER) -> FashionClassifier:
+    """Read the classifier, checked against its checksum. Raises `InputError` naming a missing or damaged file."""
+    file = folder / "model.safetensors"
+    network = FashionClassifier()
+    try:
+        card = json.loads((folder / "card.json").read_text())
+        if checksum(file) != card["sha256"]:
+            raise InputError(f"{file}: checksum differs from card.json; the extractor is damaged")
+        network.load_state_dict(load_file(file))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: missing or damaged feature extractor") from error
+    return network.eval().requires_grad_(False)
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@torch.no_grad()
+def extract(network: FashionClassifier, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Features [N, 96] and class scores [N, 10] of uint8 `images` [N, 1, 32, 32], computed in batches."""
+    device = next(network.parameters()).device
+    features, logits = [], []
+    for part in images.split(batch_size):
+        pooled = network.features(part.to(device))
+        features.append(pooled.cpu())
+        logits.append(network.head(pooled).cpu())
+    return torch.cat(features), torch.cat(logits)

@@ -1,0 +1,40 @@
+"""A value without its protocol is not a number: how samples were drawn and compared, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything a distance depends on besides the weights.
+
+    Two values may stand in one table only when the hashes of their protocols agree.
+    """
+
+    name: str
+    samples: int
+    sampler: str
+    steps: int
+    guidance: float
+    sample_seed: int
+    extractor: str
+    extractor_sha256: str
+    reference: str
+    reference_samples: int
+    weights: str
+    dtype: str = "float32"
+    resize: str = "none"
+    interval: str = "infinitesimal jackknife, 95 %"
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of the content."""
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def content(self) -> dict[str, Any]:
+        """The fields, for a report."""
+        return asdict(self)

@@ -1,0 +1,237 @@
+"""Layers that compute with masked weights while their parameters stay dense.
+
+A masked layer is the stock layer with its class swapped: parameter names, state dict and type checks stay those of
+the untouched network. The mask acts in the forward pass alone, so it holds under any optimizer and under sharding,
+and what is trained, averaged and saved is the dense shadow weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_prune.protocols import InputError, PrunableUnit, Sparsity
+from lightning_prune.pruning.nm import nm_mask, to_groups
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward W * m, backward the identity: pruned weights keep learning and may return."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class MaskedLayer(nn.Module):
+    """What masked layers share: a pattern and the mask it gives for the current weight."""
+
+    weight: Tensor
+    _sparsity: Sparsity | None
+    _mask: Tensor | None
+
+    @property
+    def sparsity(self) -> Sparsity | None:
+        """The pattern in force; None computes with the dense weight."""
+        return self._sparsity
+
+    @property
+    def mask(self) -> Tensor | None:
+        """1 where a weight is kept, in the dtype of the weight; None while dense."""
+        return self._mask
+
+    def set_sparsity(self, sparsity: Sparsity | None) -> None:
+        """Change the pattern in place and derive the mask from the current weight."""
+        self._sparsity = None if sparsity is None or sparsity.is_dense else sparsity
+        self._mask = None
+        self.refresh_mask()
+
+    def refresh_mask(self) -> None:
+        """Derive the mask again, into the tensor it already has where possible."""
+        if self._sparsity is None:
+            return
+        mask = nm_mask(self.weight, self._sparsity)
+        current = self._mask
+        if current is not None and current.device == mask.device and current.dtype == self.weight.dtype:
+            current.copy_(mask)
+        else:
+            self._mask = mask.to(self.weight.dtype)
+
+    def effective_weight(self) -> Tensor:
+        """The weight this layer computes with."""
+        if self._sparsity is None:
+            return self.weight
+        if self._mask is None or self._mask.device != self.weight.device:
+            self.refresh_mask()
+        masked: Tensor = _StraightThrough.apply(self.weight, self._mask)  # type: ignore[no-untyped-call]
+        return masked
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """`nn.Linear` on masked weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.effective_weight(), self.bias)
+
+
+class MaskedConv2d(MaskedLayer, nn.Conv2d):
+    """`nn.Conv2d` on masked weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.effective_weight(), self.bias)
+
+
+_MASKED: dict[type[nn.Module], type[MaskedLayer]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
+
+
+def select_units(
+    units: Sequence[PrunableUnit], include: Sequence[str] | None, exclude: Sequence[str], m: int
+) -> list[PrunableUnit]:
+    """Units whose name fully matches a pattern of `include` (all if None) and none of `exclude`.
+
+    Without `include`, layers whose input dimension is no multiple of m are left out; with it they are an error.
+
+    Raises:
+        InputError: a pattern that is no regular expression or matches nothing, a chosen layer that does not
+            divide, or no layer left.
+    """
+    _check_patterns([*(include or []), *exclude], units)
+    chosen = [
+        unit
+        for unit in units
+        if (include is None or _matches(unit, include)) and not _matches(unit, exclude)
+    ]
+    fit = [unit for unit in chosen if unit.group_size % m == 0]
+    if include is not None and len(fit) < len(chosen):
+        unfit = next(unit for unit in chosen if unit.group_size % m)
+        raise InputError(f"layers: {unfit.name}: input dimension {unfit.group_size} is no multiple of {m}")
+    if not fit:
+        raise InputError(f"layers: no layer is left to mask in groups of {m}")
+    return fit
+
+
+def _matches(unit: PrunableUnit, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, unit.name) for pattern in patterns)
+
+
+def _check_patterns(patterns: Sequence[str], units: Sequence[PrunableUnit]) -> None:
+    for pattern in patterns:
+        try:
+            hit = any(re.fullmatch(pattern, unit.name) for unit in units)
+        except re.error as error:
+            raise InputError(f"layers: {pattern!r} is no regular expression: {error}") from error
+        if not hit:
+            raise InputError(f"layers: pattern {pattern!r} matches no layer, the first of which is {units[0].name!r}")
+
+
+class MaskSet:
+    """All masked layers of a network, by qualified name.
+
+    Args:
+        network: network whose layers are converted in place; every weight keeps its name.
+        units: the units to mask.
+        sparsity: the pattern to begin with; None is dense.
+    """
+
+    def __init__(self, network: nn.Module, units: Sequence[PrunableUnit], sparsity: Sparsity | None) -> None:
+        self.layers: dict[str, MaskedLayer] = {unit.name: _convert(network, unit) for unit in units}
+        self.set_sparsity(sparsity)
+
+    def set_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
+        """Change the pattern of all layers, or of those whose name matches a key of a mapping, in place.
+
+        A layer whose input dimension is no multiple of m computes densely while that pattern is in force.
+        """
+        for name, layer in self.layers.items():
+            if isinstance(sparsity, Mapping):
+                for pattern, value in sparsity.items():
+                    if re.fullmatch(pattern, name):
+                        layer.set_sparsity(_fitting(layer, value))
+            else:
+                layer.set_sparsity(_fitting(layer, sparsity))
+
+    def refresh(self) -> None:
+        """Derive every mask from the current weights; call after weights changed in place."""
+        for layer in self.layers.values():
+            layer.refresh_mask()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Compute densely inside the block and return to the same patterns after it."""
+        before = {name: layer.sparsity for name, layer in self.layers.items()}
+        self.set_sparsity(None)
+        try:
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.set_sparsity(before[name])
+
+    @torch.no_grad()
+    def density_by_layer(self) -> dict[str, float]:
+        """Fraction of non-zero effective weights by layer."""
+        return {n: (layer.effective_weight() != 0).float().mean().item() for n, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def violations(self) -> int:
+        """Groups of the weights computed with whose number of kept entries is not n, or of which more are non-zero."""
+        return sum(_violations(layer) for layer in self.layers.values() if layer.sparsity is not None)
+
+    @torch.no_grad()
+    def add_decay(self, strength: float) -> None:
+        """Add strength * (1 - m) * W to the gradients (SR-STE, Zhou et al. 2021, equation 10).
+
+        Call it on unscaled gradients, once per optimizer step: under loss scaling a term added in backward is
+        divided away.
+        """
+        for layer in self.layers.values():
+            if layer.weight.grad is not None and layer.mask is not None:
+                layer.weight.grad.add_(layer.weight * (1 - layer.mask), alpha=strength)
+
+
+def masked_layers(network: nn.Module) -> dict[str, MaskedLayer]:
+    """Layers of `network` that compute under a mask now, by qualified name."""
+    return {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, MaskedLayer) and layer.sparsity is not None
+    }
+
+
+@torch.no_grad()
+def effective_state(network: nn.Module) -> dict[str, Tensor]:
+    """State dict of `network` with every masked weight as the network computes with it: zeros written out."""
+    masked = {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(network).items()}
+    return {name: masked.get(name, tensor).detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def _convert(network: nn.Module, unit: PrunableUnit) -> MaskedLayer:
+    layer = network.get_submodule(unit.name)
+    if isinstance(layer, MaskedLayer):
+        return layer
+    if type(layer) not in _MASKED:
+        raise InputError(f"layers: {unit.name} is a {type(layer).__name__}; only Linear and Conv2d can be masked")
+    layer.__class__ = _MASKED[type(layer)]
+    assert isinstance(layer, MaskedLayer)
+    layer._sparsity, layer._mask = None, None
+    return layer
+
+
+def _fitting(layer: MaskedLayer, sparsity: Sparsity | None) -> Sparsity | None:
+    return None if sparsity is None or layer.weight.shape[1] % sparsity.m else sparsity
+
+
+def _violations(layer: MaskedLayer) -> int:
+    sparsity, mask = layer.sparsity, layer.mask
+    assert sparsity is not None and mask is not None
+    kept = to_groups(mask, sparsity.m).sum(dim=-1)
+    nonzero = (to_groups(layer.effective_weight(), sparsity.m) != 0).sum(dim=-1)
+    return int(((kept != sparsity.n) | (nonzero > sparsity.n)).sum())

@@ -1,0 +1,23 @@
+"""What every test shares: two threads, no network, no tracking server, no records outside its folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Set before torch and huggingface_hub are imported, which read them once; subprocesses of tests inherit them.
+os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _wandb_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    root = tmp_path_factory.mktemp("wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+            patch.setenv(variable, str(root))
+        yield

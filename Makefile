@@ -51,7 +51,7 @@ lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check . || status=1; \
 	$(BIN)/ruff format --check . || status=1; \
 	$(BIN)/mypy || status=1; \
-	$(BIN)/lint-imports || status=1; \
+	$(BIN)/lint-imports --no-logo || status=1; \
 	exit $$status
 
 clean: ## remove caches and build products; .venv and runs/ stay

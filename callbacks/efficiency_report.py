@@ -71,9 +71,7 @@ class EfficiencyReport(Callback):
         variants = source.variants()
         with torch.random.fork_rng(devices=[]):
             scores = self._scores(trainer, source, variants)
-            seconds = seconds_per_image(
-                variants, source.process, self.settings, self.timed_images, self.timed_repeats
-            )
+            seconds = seconds_per_image(variants, source.process, self.settings, self.timed_images, self.timed_repeats)
         costs = {name: cost(denoiser, self.settings) for name, denoiser in variants.items()}
         rows = [row(name, scores[name], costs[name], seconds[name]) for name in variants]
         assert self._evaluator is not None
@@ -91,9 +89,7 @@ class EfficiencyReport(Callback):
         _print(report, notes, folder)
         _log_tables(trainer, pl_module, report)
 
-    def _scores(
-        self, trainer: pl.Trainer, source: VariantSource, variants: Mapping[str, Denoiser]
-    ) -> dict[str, Score]:
+    def _scores(self, trainer: pl.Trainer, source: VariantSource, variants: Mapping[str, Denoiser]) -> dict[str, Score]:
         assert self._evaluator is not None
         settings, scores = self.settings, {}
         with sampling_progress(trainer, "evaluating", settings.samples * len(variants)) as advance:

@@ -32,5 +32,7 @@ class RunRecord(Callback):
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(yaml.safe_load(self.config) or {}, allow_val_change=True)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["config"] = self.config

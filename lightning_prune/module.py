@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -137,7 +138,7 @@ class PruningModule(pl.LightningModule):
         ids = torch.arange(first, first + len(batch["cond"]))
         return self.sample_images(ids, batch["cond"].cpu())
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
         total = self.trainer.estimated_stepping_batches if self.lr_schedule != "constant" else math.inf
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, total, self.warmup_steps, self.lr_schedule))

@@ -115,7 +115,5 @@ def test_constraints_pin_every_requirement_within_its_bound() -> None:
     assert None not in pins
     pinned = {canonicalize_name(pin[1]): pin[2] for pin in pins if pin}
     requirements = [Requirement(text) for text in PROJECT["dependencies"] + EXTRAS["dev"]]
-    outside = [
-        str(r) for r in requirements if pinned.get(canonicalize_name(r.name), "0.dev0") not in r.specifier
-    ]
+    outside = [str(r) for r in requirements if pinned.get(canonicalize_name(r.name), "0.dev0") not in r.specifier]
     assert outside == []

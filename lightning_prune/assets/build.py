@@ -28,14 +28,14 @@ def build_data(root: str) -> None:
     source = FashionMNIST(root=root)
     arrays: dict[str, np.ndarray] = {}
     for split in ("train", "reference", "held_out"):
-        data = source.split(split)  # type: ignore[arg-type]
+        data = source.split(split)
         order = balanced_order(data.labels)
         if split == "train":
             order = order[: TRAIN_PER_CLASS * len(CLASSES)]
         arrays[f"{split}_images"] = data.images[order, 0, 2:-2, 2:-2].contiguous().numpy()
         arrays[f"{split}_labels"] = data.labels[order].to(torch.uint8).numpy()
     EMBEDDED_FILE.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(EMBEDDED_FILE, **arrays)
+    np.savez_compressed(EMBEDDED_FILE, allow_pickle=False, **arrays)
     print(f"{EMBEDDED_FILE}: {EMBEDDED_FILE.stat().st_size / 1e6:.1f} MB")
 
 
@@ -74,9 +74,8 @@ def build_classifier(root: str, epochs: int, seed: int) -> None:
 def accuracy(network: FashionClassifier, root: str) -> float:
     """Fraction of all 10,000 test images classified as their label."""
     images, labels = pad_to_32(read_idx(Path(root), "test")), read_idx(Path(root), "test_labels").long()
-    hits = sum(
-        (network(x).argmax(1) == y).sum().item()
-        for x, y in zip(images.split(500), labels.split(500), strict=True)
+    hits: int = sum(
+        (network(x).argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500), strict=True)
     )
     return hits / len(labels)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from lightning_prune.protocols import InputError
 
+_SCAFFOLD = r'[Pp]arser key "|Problem with given class_path|^Given value'
+
 
 def one_line_errors(action: Callable[[], int], debug: bool) -> int:
     """Run `action`; an error of the user's is one line and status 2, any other a line and status 1."""
@@ -44,7 +46,7 @@ def summary(error: BaseException) -> str:
     Errors of nested configuration values are several lines long: the first names the key, and deeper ones say
     what was wrong with it. An `InputError` underneath says it best.
     """
-    inner = error
+    inner: BaseException | None = error
     while inner is not None and not isinstance(inner, InputError):
         inner = inner.__cause__ or inner.__context__
     if inner is not None:
@@ -52,7 +54,7 @@ def summary(error: BaseException) -> str:
     message = str(error.message) if isinstance(error, ArgumentError) else str(error)
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     keys = re.findall(r'[Pp]arser key "([^"]+)"', message)
-    reasons = [line for line in lines if not re.search(r'[Pp]arser key "|Problem with given class_path|^Given value', line)]
+    reasons = [line for line in lines if not re.search(_SCAFFOLD, line)]
     head = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
     text = f"{head}{reasons[-1] if reasons else lines[0]}"
     return text if len(text) < 400 else text[:400] + "..."

@@ -11,8 +11,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-import lightning_prune.methods.dense
-import lightning_prune.methods.sparsedm  # noqa: F401  makes short class names known
+from lightning_prune import methods
 from lightning_prune.export import save_artifact
 from lightning_prune.module import PruningModule
 from lightning_prune.protocols import InputError
@@ -62,6 +61,7 @@ def build_module(config: dict[str, Any]) -> PruningModule:
     """The module that the `model` section of a config describes."""
     if "model" not in config:
         raise InputError("--config: no `model` section; give the config of the run")
+    methods.discover()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PruningModule, "model")
     module: PruningModule = parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model

@@ -14,10 +14,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-import lightning_prune.callbacks  # noqa: F401  makes short class names known
+import lightning_prune.callbacks
 import lightning_prune.data  # noqa: F401
-import lightning_prune.methods.dense
-import lightning_prune.methods.sparsedm  # noqa: F401
+from lightning_prune import methods
 from lightning_prune.callbacks import RunRecord, StepProgress
 from lightning_prune.cli import run_folder
 from lightning_prune.cli.run_folder import RunSettings
@@ -86,6 +85,7 @@ def run(args: Sequence[str]) -> int:
     """Parse `args` and run the verb. Returns the exit status."""
     os.environ.setdefault("WANDB_SILENT", "true")
     torch.set_flush_denormal(True)
+    methods.discover()
     argv, sys.argv = sys.argv, ["lightning_prune", *args]
     try:
         PruningCLI(

@@ -26,9 +26,7 @@ MANIFEST = "pruning.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_artifact(
-    denoiser: Denoiser, folder: Path, method: str, details: Mapping[str, Any]
-) -> Path:
+def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mapping[str, Any]) -> Path:
     """Write an artefact.
 
     Args:

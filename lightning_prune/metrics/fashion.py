@@ -34,9 +34,7 @@ class FashionClassifier(nn.Module):
 
     @staticmethod
     def _stage(inputs: int, outputs: int, stride: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU()
-        )
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU())
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features [B, 96] of uint8 `images` [B, 1, 32, 32]."""

@@ -157,7 +157,7 @@ def count(network: nn.Module, *args: Any, **kwargs: Any) -> Ledger:
         MacsMismatchError: the two counts disagree; the message names the layer.
     """
     with _evaluating(network):
-        return _ledger(network, trace(network, lambda: network(*args, **kwargs)))
+        return ledger_of(network, trace(network, lambda: network(*args, **kwargs)))
 
 
 def count_denoiser(denoiser: Denoiser) -> Ledger:
@@ -172,7 +172,7 @@ def count_denoiser(denoiser: Denoiser) -> Ledger:
     x = torch.zeros(1, *denoiser.sample_shape, device=weight.device, dtype=weight.dtype)
     t = torch.zeros(1, device=weight.device, dtype=torch.long)
     with _evaluating(denoiser):
-        return _ledger(denoiser.network, trace(denoiser.network, lambda: denoiser(x, t, t.clone())))
+        return ledger_of(denoiser.network, trace(denoiser.network, lambda: denoiser(x, t, t.clone())))
 
 
 @contextmanager
@@ -187,7 +187,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _ledger(network: nn.Module, record: Trace) -> Ledger:
+def ledger_of(network: nn.Module, record: Trace) -> Ledger:
+    """The ledger of a traced call. Raises `MacsMismatchError` when the two counts in the trace disagree."""
     _reconcile(record)
     names = {name: i for i, (name, _) in enumerate(network.named_modules())}
     weighted = [(n, m) for n, m in network.named_modules() if layer_kind(m) in ("linear", "conv")]

@@ -122,7 +122,7 @@ def _layer_products(layer: nn.Module, x: Tensor, output: Tensor) -> int:
 
 
 def _layer_elementwise(layer: nn.Module, output: Tensor) -> int:
-    """A linear bias counts once for all tokens, a convolution's per output element, a norm's scaling likewise."""
+    """A linear bias counts once for all tokens; biases of convolutions, and norms, count per element."""
     if isinstance(layer, _NORMS):
         return output.numel() * (1 if getattr(layer, "weight", None) is None else 2)
     bias = getattr(layer, "bias", None)

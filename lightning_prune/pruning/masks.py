@@ -72,7 +72,7 @@ class MaskedLayer(nn.Module):
             return self.weight
         if self._mask is None or self._mask.device != self.weight.device:
             self.refresh_mask()
-        masked: Tensor = _StraightThrough.apply(self.weight, self._mask)  # type: ignore[no-untyped-call]
+        masked: Tensor = _StraightThrough.apply(self.weight, self._mask)
         return masked
 
 
@@ -87,7 +87,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     """`nn.Conv2d` on masked weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.effective_weight(), self.bias)
+        output: Tensor = self._conv_forward(x, self.effective_weight(), self.bias)
+        return output
 
 
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
@@ -105,11 +106,7 @@ def select_units(
             divide, or no layer left.
     """
     _check_patterns([*(include or []), *exclude], units)
-    chosen = [
-        unit
-        for unit in units
-        if (include is None or _matches(unit, include)) and not _matches(unit, exclude)
-    ]
+    chosen = [unit for unit in units if (include is None or _matches(unit, include)) and not _matches(unit, exclude)]
     fit = [unit for unit in chosen if unit.group_size % m == 0]
     if include is not None and len(fit) < len(chosen):
         unfit = next(unit for unit in chosen if unit.group_size % m)

@@ -22,7 +22,8 @@ def to_groups(weight: Tensor, m: int) -> Tensor:
     inputs_last = weight.movedim(1, -1)
     if inputs_last.shape[-1] % m:
         raise InputError(f"input dimension {inputs_last.shape[-1]} is no multiple of {m}")
-    return inputs_last.unflatten(-1, (-1, m))
+    groups: Tensor = inputs_last.unflatten(-1, (-1, m))
+    return groups
 
 
 def from_groups(groups: Tensor) -> Tensor:

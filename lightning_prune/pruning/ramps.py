@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from lightning_prune.protocols import InputError, Sparsity
 
@@ -25,7 +26,7 @@ def check_chain(chain: Sequence[Sparsity], reached_at: float) -> None:
     """Raise `InputError` for an empty chain, a density that rises along it, or a fraction outside [0, 1]."""
     if not chain:
         raise InputError("chain: give at least one pattern")
-    for earlier, later in zip(chain, chain[1:], strict=False):
+    for earlier, later in pairwise(chain):
         if later.density > earlier.density:
             raise InputError(f"chain: {later} after {earlier} is denser; a ramp only removes")
     if not 0 <= reached_at <= 1:

@@ -43,6 +43,11 @@ class Denoiser(nn.Module, ABC):
         self.weights = weights
         self.network = build_network(self.network_class, weights, config or {}, subfolder)
 
+    @property
+    def stored(self) -> Any:
+        """The configuration that diffusers keeps with the network."""
+        return self.network.config
+
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Prediction [B, C, H, W] for noisy `x` [B, C, H, W], integer timesteps `t` [B] and labels `cond` [B]."""
@@ -70,7 +75,7 @@ class Denoiser(nn.Module, ABC):
 
     def config(self) -> dict[str, Any]:
         """The diffusers configuration of the network, enough to build it again."""
-        return {k: v for k, v in dict(self.network.config).items() if not k.startswith("_")}
+        return {k: v for k, v in dict(self.stored).items() if not k.startswith("_")}
 
 
 def build_network(
@@ -95,7 +100,7 @@ def build_network(
 
 def _from_config(cls: type[ModelMixin], config: Mapping[str, Any]) -> nn.Module:
     try:
-        network: nn.Module = cls(**config)  # type: ignore[call-arg]
+        network: nn.Module = cls(**config)
     except (TypeError, ValueError) as error:
         raise InputError(f"denoiser.config: {cls.__name__}: {error}") from error
     return network

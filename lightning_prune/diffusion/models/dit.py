@@ -21,7 +21,7 @@ class DiT(Denoiser):
         self, weights: str | None = None, config: dict[str, Any] | None = None, subfolder: str | None = None
     ) -> None:
         super().__init__(weights, config, subfolder)
-        stored = self.network.config
+        stored = self.stored
         self.sample_shape = (stored.in_channels, stored.sample_size, stored.sample_size)
         self.num_classes = stored.num_embeds_ada_norm
         # Each diffusers block drops labels on its own in training mode, so one sample would be conditional in

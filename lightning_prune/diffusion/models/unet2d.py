@@ -20,7 +20,7 @@ class UNet2D(Denoiser):
         self, weights: str | None = None, config: dict[str, Any] | None = None, subfolder: str | None = None
     ) -> None:
         super().__init__(weights, config, subfolder)
-        stored = self.network.config
+        stored = self.stored
         self.sample_shape = (stored.in_channels, stored.sample_size, stored.sample_size)
         self.num_classes = (stored.num_class_embeds or 1) - 1
 

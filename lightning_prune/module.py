@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -147,7 +148,10 @@ class PruningModule(pl.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         # Added behind the user's callbacks: those that evaluate at the end of a validation epoch run before this
         # one swaps the averaged weights out again. Masks are derived from weights, so buffers are not averaged.
-        return [] if self.ema_decay is None else [EMAWeightAveraging(use_buffers=False, decay=self.ema_decay)]
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if self.ema_decay is None or not fitting:
+            return []
+        return [EMAWeightAveraging(use_buffers=False, decay=self.ema_decay)]
 
     # Sampling
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import wandb
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 import lightning_prune.callbacks
 import lightning_prune.data  # noqa: F401
 from lightning_prune import methods
 from lightning_prune.callbacks import RunRecord, StepProgress
 from lightning_prune.cli import run_folder
+from lightning_prune.cli.loggers import run_loggers
 from lightning_prune.cli.run_folder import RunSettings
 from lightning_prune.module import PruningModule
 
@@ -39,16 +40,21 @@ class PruningCLI(LightningCLI):
         return super().instantiate_trainer(
             **{
                 "default_root_dir": str(self.folder),
-                "logger": self._get(self.config_init, "trainer.logger") or loggers(self.settings, self.folder),
+                "logger": self._loggers(config.get("logger")),
                 "callbacks": [*(config.get("callbacks") or []), *self._standing_callbacks(config)],
                 "use_distributed_sampler": False,
                 **kwargs,
             }
         )
 
+    def _loggers(self, given: Any) -> Any:
+        if given is not None:
+            return given
+        return run_loggers(self.settings, self.folder) if self.subcommand == "fit" else False
+
     def _standing_callbacks(self, config: Any) -> list[Callback]:
         given = config.get("callbacks") or []
-        callbacks: list[Callback] = [RunRecord(self._resolved())]
+        callbacks: list[Callback] = [RunRecord(self._resolved())] if self.subcommand == "fit" else []
         if config.get("enable_progress_bar") is not False:
             callbacks.append(StepProgress())
         if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
@@ -71,19 +77,10 @@ class PruningCLI(LightningCLI):
         return text
 
 
-def loggers(settings: RunSettings, folder: Path) -> list[Logger]:
-    """A CSV file in the run folder, and W&B unless disabled."""
-    chosen: list[Logger] = [CSVLogger(save_dir=folder, name="", version="")]
-    if settings.wandb != "disabled":
-        folder.mkdir(parents=True, exist_ok=True)
-        offline = settings.wandb == "offline"
-        chosen.append(WandbLogger(project=settings.project, name=folder.name, save_dir=folder, offline=offline))
-    return chosen
-
-
 def run(args: Sequence[str]) -> int:
     """Parse `args` and run the verb. Returns the exit status."""
     os.environ.setdefault("WANDB_SILENT", "true")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     torch.set_flush_denormal(True)
     methods.discover()
     argv, sys.argv = sys.argv, ["lightning_prune", *args]
@@ -99,7 +96,11 @@ def run(args: Sequence[str]) -> int:
             parser_kwargs={"exit_on_error": False, "prog": "lightning_prune"},
             args=None,
         )
+    except BaseException:
+        wandb.finish(exit_code=1)
+        raise
     finally:
+        wandb.finish()
         sys.argv = argv
         run_folder.forget()
     return 0

@@ -102,7 +102,7 @@ class Ledger:
 
     def kept(self, sparsities: Sparsities, convention: Convention = "aten") -> Fraction:
         """MACs left under masks: exactly n/m of the products of masked layers, everything else in full."""
-        removed = [Fraction(s.m - s.n, s.m) * row.products for row, s in self._masked(sparsities)]
+        removed = [Fraction(s.m - s.n, s.m) * row.products for row, s in self._masked(sparsities, convention)]
         return self.macs(convention) - sum(removed, Fraction(0))
 
     def kept_share(self, sparsities: Sparsities, convention: Convention = "aten") -> Fraction:
@@ -111,8 +111,7 @@ class Ledger:
 
     def masked(self, sparsities: Sparsities, convention: Convention = "aten") -> int:
         """MACs, counted dense, of the layers under a mask."""
-        self._counted(convention)
-        return sum(row.macs(convention) for row, _ in self._masked(sparsities))
+        return sum(row.macs(convention) for row, _ in self._masked(sparsities, convention))
 
     def masked_share(self, sparsities: Sparsities, convention: Convention = "aten") -> Fraction:
         """MACs of the layers under a mask over those of the network, in [0, 1]."""
@@ -120,8 +119,7 @@ class Ledger:
 
     def accelerable(self, sparsities: Sparsities, convention: Convention = "aten") -> int:
         """MACs, counted dense, of 2:4 linear layers, the only ones a kernel exists for; no claim of speed."""
-        self._counted(convention)
-        rows = [row for row, sparsity in self._masked(sparsities) if sparsity == ACCELERABLE]
+        rows = [row for row, sparsity in self._masked(sparsities, convention) if sparsity == ACCELERABLE]
         return sum(row.macs(convention) for row in rows if row.kind == "linear")
 
     def _counted(self, convention: Convention) -> list[LayerMacs]:
@@ -129,8 +127,8 @@ class Ledger:
             raise InputError(f"macs: convention {convention!r} is none of {', '.join(_KINDS_COUNTED)}")
         return [row for row in self.rows if row.kind in _KINDS_COUNTED[convention]]
 
-    def _masked(self, sparsities: Sparsities) -> list[tuple[LayerMacs, Sparsity]]:
-        weighted = [row for row in self.rows if row.kind in ("linear", "conv")]
+    def _masked(self, sparsities: Sparsities, convention: Convention) -> list[tuple[LayerMacs, Sparsity]]:
+        weighted = [row for row in self._counted(convention) if row.kind in ("linear", "conv")]
         for name in sparsities.keys() - {row.layer for row in weighted}:
             raise InputError(f"macs: {name}: no linear or convolution layer of that name")
         patterns = [(row, sparsities[row.layer]) for row in weighted if row.layer in sparsities]

@@ -107,7 +107,7 @@ def _hook(module: nn.Module, scope: Scope, record: Trace) -> list[Any]:
             record.add(scope, _layer_products(layer, x, output), _layer_elementwise(layer, output))
 
     return [
-        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_pre_hook(enter),
         module.register_forward_hook(leave, with_kwargs=True),
     ]
 

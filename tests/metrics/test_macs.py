@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -108,14 +109,16 @@ def test_meta_and_cpu_give_the_same_ledger(make: Callable[..., Denoiser]) -> Non
     assert count_denoiser(make("meta")) == count_denoiser(make("cpu"))
 
 
-def test_counting_on_the_meta_device_computes_nothing() -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_counting_stays_on_its_device_without_gradients(device: str) -> None:
     class Watch(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
-            assert y.is_meta
+            assert y.device.type == device
+            assert not y.requires_grad
             return y
 
-    assert count(Watch(8, 8, device="meta"), meta(3, 8)).macs() == 3 * 64
+    assert count(Watch(8, 8, device=device), torch.zeros(3, 8, device=device)).macs() == 3 * 64
 
 
 def test_names_are_those_of_the_anatomy() -> None:
@@ -355,7 +358,7 @@ def test_a_disagreement_is_an_error_that_names_the_layer() -> None:
 
 def test_unet2d_of_diffusers_alone() -> None:
     """`count` takes any module, not denoisers only."""
-    network = UNet2DModel(**small_unet().config())
+    network: Any = UNet2DModel(**small_unet().config())
     x, ids = torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long)
     assert count(network, x, timestep=ids, class_labels=ids) == count_denoiser(small_unet())
 
@@ -420,8 +423,9 @@ def test_conventions() -> None:
     assert ledger.by_kind("module") == {"linear": 170, "conv": 820, "norm": 30}
     assert ledger.by_layer() == {"conv": 800, "fc1": 100, "fc2": 60, "attn": 40, "": 5}
     assert ledger.inside("") == ledger.macs()
-    with pytest.raises(InputError, match="'flops' is none of linear, module, aten"):
-        ledger.macs(cast(Convention, "flops"))
+    for figure in (ledger.macs, partial(ledger.masked, {}), partial(ledger.kept, {})):
+        with pytest.raises(InputError, match="'flops' is none of linear, module, aten"):
+            figure(cast(Convention, "flops"))
 
 
 def test_masks_keep_exactly_n_of_m() -> None:

@@ -83,7 +83,7 @@ def meta_ids(batch: int = 1) -> Tensor:
 class Published(NamedTuple):
     """A network with the inputs of one call and the figures known for it."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[], Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     parameters: int

@@ -1,0 +1,87 @@
+"""The loggers of a run: a CSV file that survives a resume, and W&B."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_prune.cli.run_folder import RunSettings
+
+_ROWS_BETWEEN_SAVES = 50
+
+
+class MetricsFile(Logger):
+    """`metrics.csv` of a run: one row per logged step.
+
+    Lightning's own CSV logger deletes the file when a run starts again in its folder. Here a resumed run keeps the
+    rows before the step it resumes at, so the file reads as if it had never stopped.
+
+    Args:
+        folder: folder of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.file = folder / "metrics.csv"
+        self._rows: list[dict[str, Any]] | None = None
+        self._unsaved = 0
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run record keeps the config."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        at = 0 if step is None else step
+        if self._rows is None:
+            self._rows = [row for row in self._read() if int(row["step"]) < at]
+        self._rows.append({"step": at, **{k: v for k, v in metrics.items() if k != "step"}})
+        self._unsaved += 1
+        if self._unsaved >= _ROWS_BETWEEN_SAVES:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        if not self._rows or not self._unsaved:
+            return
+        columns = ["step", *sorted(set().union(*self._rows) - {"step"})]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        with partial.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        partial.replace(self.file)
+        self._unsaved = 0
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.file.exists():
+            return []
+        with self.file.open(newline="") as stream:
+            return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(stream)]
+
+
+def run_loggers(settings: RunSettings, folder: Path) -> list[Logger]:
+    """`metrics.csv` in the run folder, and W&B unless disabled."""
+    chosen: list[Logger] = [MetricsFile(folder)]
+    if settings.wandb != "disabled":
+        folder.mkdir(parents=True, exist_ok=True)
+        offline = settings.wandb == "offline"
+        chosen.append(WandbLogger(project=settings.project, name=folder.name, save_dir=folder, offline=offline))
+    return chosen

@@ -1,0 +1,124 @@
+"""Bad input: one line that names the key or the file, status 2, nothing written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_prune.cli import main
+from lightning_prune.data import fashion
+from lightning_prune.export import save_artifact
+from tests.factories import tiny_dit
+
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "sparsedm_dit.yaml"
+MODEL = "--model.init_args"
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], root: Path, config: Path = SMOKE) -> str:
+    """Run fit, check status, brevity and that nothing was written; return the line."""
+    before = sorted(root.rglob("*"))
+    status = main(["fit", "--config", str(config), "--run.root", str(root / "runs"), *arguments])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning_prune: error:")]
+    assert status == 2
+    assert len(lines) == 1
+    assert sorted(root.rglob("*")) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model=no.such.Class"], "no.such.Class"),
+        (["--model=Nonsense"], "Nonsense"),
+        ([f"{MODEL}.sparsity=5:4"], "5:4"),
+        ([f"{MODEL}.layers=['blocks.*']"], "blocks.*"),
+        ([f"{MODEL}.no_such_option=1"], "no_such_option"),
+        ([f"{MODEL}.denoiser.init_args.weights=/no/such/folder"], "/no/such/folder"),
+        ([f"{MODEL}.denoiser.init_args.weights=embedded:nothing"], "embedded:nothing"),
+        (["--trainer.no_such_flag=1"], "no_such_flag"),
+        (["--trainer.max_steps=many"], "max_steps"),
+        (["--ckpt_path=/no/such.ckpt"], "/no/such.ckpt"),
+        (["--data.init_args.batch_size=0"], "batch_size"),
+        (["--config=/no/such.yaml"], "/no/such.yaml"),
+    ],
+)
+def test_the_line_names_what_is_wrong(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in refused(arguments, capsys, tmp_path)
+
+
+def test_a_ramp_in_the_config_that_rises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "rising.yaml"
+    config.write_text(SMOKE.read_text().replace('["3:4", "2:4"]', '["2:4", "3:4"]'))
+    assert "3:4 after 2:4" in refused([], capsys, tmp_path, config)
+
+
+def test_weights_of_another_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_artifact(tiny_dit(), tmp_path / "stored", "dense", {})
+    config = json.loads((tmp_path / "stored" / "config.json").read_text())
+    (tmp_path / "stored" / "config.json").write_text(json.dumps({**config, "attention_head_dim": 32}))
+    line = refused(
+        [f"{MODEL}.denoiser.init_args.weights={tmp_path / 'stored'}", f"{MODEL}.denoiser.init_args.config=null"],
+        capsys,
+        tmp_path,
+    )
+    assert "diffusion_pytorch_model.safetensors" in line
+    assert "shape" in line
+
+
+def test_damaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_artifact(tiny_dit(), tmp_path / "stored", "dense", {})
+    file = tmp_path / "stored" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    line = refused([f"{MODEL}.denoiser.init_args.weights={tmp_path / 'stored'}"], capsys, tmp_path)
+    assert str(file) in line
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_data_asset(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asset = tmp_path / "images.npz"
+    if damage == "cut":
+        asset.write_bytes(fashion.EMBEDDED_FILE.read_bytes()[:100_000])
+    monkeypatch.setattr(fashion, "EMBEDDED_FILE", asset)
+    assert str(asset) in refused([], capsys, tmp_path)
+
+
+def test_run_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert str(blocked) in refused(["--run.root", str(blocked / "runs")], capsys, tmp_path)
+
+
+def test_a_checkpoint_of_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, tmp_path / "c.ckpt")
+    assert "c.ckpt" in refused(["--ckpt_path", str(tmp_path / "c.ckpt")], capsys, tmp_path)
+
+
+def test_no_traceback_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", "--config", str(SMOKE), "--run.root", str(tmp_path), f"{MODEL}.sparsity=5:4"]
+    main(arguments)
+    assert "Traceback" not in capsys.readouterr().err
+    main([*arguments, "--debug"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_no_arguments_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: lightning_prune" in capsys.readouterr().out
+
+
+def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fitt"]) == 2
+    assert "fitt" in capsys.readouterr().err
+
+
+def test_export_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    assert main(["export", "--ckpt_path", "x.ckpt", "--output", str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")

@@ -1,0 +1,101 @@
+"""A run stopped in mid-epoch and resumed ends with the same weights as one that was not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_prune.callbacks import DistanceEvaluation, SparsityRamp
+from lightning_prune.data import EmbeddedFashion
+from lightning_prune.data.loader import ResumableLoader
+from lightning_prune.diffusion.process import Process
+from lightning_prune.methods.dense import Dense
+from tests.factories import fit, tiny_dit, tiny_sparsedm
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def sparsedm() -> Any:
+    return tiny_sparsedm(label_dropout=0.2, lr_schedule="cosine", warmup_steps=2, decay=1e-3)
+
+
+def dense() -> Any:
+    return Dense(tiny_dit(), Process(schedule="cosine", prediction="v"), label_dropout=0.2)
+
+
+@pytest.mark.parametrize("make", [sparsedm, dense])
+def test_resumed_in_mid_epoch_equals_uninterrupted(make: Any, tmp_path: Path) -> None:
+    def ramp() -> list[Any]:
+        return [SparsityRamp(["3:4", "2:4"], 0.5)] if make is sparsedm else []
+
+    whole = make()
+    fit(whole, tmp_path / "whole", max_steps=8, callbacks=ramp())
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="three", every_n_train_steps=3, save_top_k=-1)
+    fit(
+        make(),
+        tmp_path / "first",
+        max_steps=8,
+        limit_train_batches=None,
+        callbacks=[*ramp(), keep],
+        enable_checkpointing=True,
+    )
+    resumed = make()
+    torch.manual_seed(12345)  # the state of torch's own generator must not matter
+    fit(resumed, tmp_path / "second", tmp_path / "three.ckpt", max_steps=8, callbacks=ramp())
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
+
+
+def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:
+    plain, evaluated = sparsedm(), sparsedm()
+    fit(plain, tmp_path / "plain", max_steps=4)
+    fit(
+        evaluated,
+        tmp_path / "evaluated",
+        max_steps=4,
+        val_check_interval=1,
+        limit_val_batches=1,
+        callbacks=[DistanceEvaluation(samples=10, steps=1)],
+    )
+    expected = weights(plain)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(evaluated).items())
+
+
+def batches(loader: ResumableLoader, count: int) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    while len(found) < count:
+        for batch in loader:
+            found.append(batch["x"])
+            if len(found) == count:
+                break
+    return found
+
+
+def test_the_loader_resumes_behind_the_last_batch_it_handed_out() -> None:
+    data = EmbeddedFashion().split("held_out")
+    whole = batches(ResumableLoader(data, 300, seed=3), 15)
+    first = ResumableLoader(data, 300, seed=3)
+    batches(first, 8)
+    second = ResumableLoader(data, 300, seed=3)
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(batches(second, 7), whole[8:], strict=True))
+
+
+def test_ranks_share_an_epoch_without_overlap() -> None:
+    data = EmbeddedFashion().split("held_out")
+    one = batches(ResumableLoader(data, 64, seed=1), 4)
+    parts = [batches(ResumableLoader(data, 32, seed=1, rank=rank, world=2), 4) for rank in (0, 1)]
+    for index, batch in enumerate(one):
+        both = torch.cat([parts[0][index], parts[1][index]]).flatten(1).sum(1).sort().values
+        assert torch.equal(both, batch.flatten(1).sum(1).sort().values)
+
+
+def test_epochs_differ_and_seeds_differ() -> None:
+    data = EmbeddedFashion().split("held_out")
+    two_epochs = batches(ResumableLoader(data, 1000, seed=0), 4)
+    assert not torch.equal(two_epochs[0], two_epochs[2])
+    assert not torch.equal(two_epochs[0], batches(ResumableLoader(data, 1000, seed=1), 1)[0])

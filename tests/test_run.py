@@ -1,0 +1,164 @@
+"""What one run leaves behind, through the real command line: files, schema, tracking, equality of two runs."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import yaml
+
+import lightning_prune
+from lightning_prune.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMOKE = CONFIGS / "smoke" / "sparsedm_dit.yaml"
+INTERVAL = {
+    "type": "object",
+    "properties": {name: {"type": "number"} for name in ("value", "low", "high")}
+    | {"samples": {"type": "integer"}, "protocol": {"type": "string"}},
+    "required": ["value", "low", "high", "samples", "protocol"],
+    "additionalProperties": False,
+}
+ROW = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "fd_fashion": INTERVAL,
+        "macs_per_image": {"type": "integer", "exclusiveMinimum": 0},
+        "macs_kept": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "convention": {"const": "aten"},
+        "params": {"type": "integer"},
+        "nonzero_params": {"type": "integer"},
+        "seconds_per_image": {"type": "number", "exclusiveMinimum": 0},
+    },
+    "additionalProperties": False,
+}
+ROW["required"] = list(ROW["properties"])  # type: ignore[call-overload]
+REPORT = {
+    "type": "object",
+    "properties": {
+        "schema": {"const": 1},
+        "method": {"const": "sparsedm"},
+        "config": {"type": "object", "required": ["model", "data", "trainer", "seed_everything"]},
+        "versions": {"type": "object", "required": ["torch", "lightning_prune"]},
+        "protocols": {"type": "object", "minProperties": 1, "maxProperties": 1},
+        "rows": {"type": "array", "items": ROW},
+    },
+    "required": ["schema", "method", "config", "versions", "protocols", "rows"],
+}
+
+
+def report_of(run: Path) -> Any:
+    return json.loads((run / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of one config and seed in one root."""
+    root = tmp_path_factory.mktemp("runs")
+    for _ in range(2):
+        assert main(["fit", "--config", str(SMOKE), "--run.root", str(root), "--run.name", "smoke"]) == 0
+    return root
+
+
+def test_a_second_run_never_overwrites_the_first(runs: Path) -> None:
+    assert sorted(p.name for p in runs.iterdir()) == ["smoke", "smoke-2"]
+
+
+def test_files(runs: Path) -> None:
+    names = {p.name for p in (runs / "smoke").iterdir()}
+    assert names == {
+        "artifact", "checkpoints", "config.yaml", "metrics.csv", "report.json", "report.md", "samples", "wandb",
+    }  # fmt: skip
+    assert {p.name for p in (runs / "smoke" / "samples").iterdir()} >= {"final.png", "step-000002.png"}
+    assert not list((runs / "smoke" / "artifact").glob("*.bin"))
+
+
+def test_report_has_the_schema_and_the_rows(runs: Path) -> None:
+    report = report_of(runs / "smoke")
+    jsonschema.validate(report, REPORT)
+    assert [row["name"] for row in report["rows"]] == ["dense", "one-shot 2:4", "sparsedm 2:4"]
+    (protocol,) = report["protocols"]
+    assert all(row["fd_fashion"]["protocol"] == protocol for row in report["rows"])
+    dense, one_shot, pruned = report["rows"]
+    assert dense["macs_kept"] == 1
+    assert pruned["macs_per_image"] == one_shot["macs_per_image"] < dense["macs_per_image"]
+    assert pruned["nonzero_params"] < dense["nonzero_params"]
+    assert "one-shot 2:4" in (runs / "smoke" / "report.md").read_text()
+
+
+def test_two_runs_with_one_seed_report_the_same(runs: Path) -> None:
+    first, second = report_of(runs / "smoke"), report_of(runs / "smoke-2")
+    for report in (first, second):
+        del report["versions"]
+        for row in report["rows"]:
+            del row["seconds_per_image"]
+    assert first == second
+
+
+def test_the_recorded_config_is_reusable_and_in_the_checkpoint(runs: Path) -> None:
+    text = (runs / "smoke" / "config.yaml").read_text()
+    checkpoint = torch.load(runs / "smoke" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["config"] == text
+    assert yaml.safe_load(text)["model"]["init_args"]["sparsity"] == "2:4"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(runs / "smoke" / "config.yaml"), "--print_config"])
+    assert stop.value.code == 0
+
+
+def test_metrics_file(runs: Path) -> None:
+    with (runs / "smoke" / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    violations = [float(row["mask_violations"]) for row in rows if row.get("mask_violations")]
+    assert len(violations) == 4
+    assert set(violations) == {0.0}
+    assert {float(row["sparsity"]) for row in rows if row.get("sparsity")} == {0.25, 0.5}
+    assert any(row.get("fd_fashion") for row in rows)
+
+
+def offline_records(run: Path) -> list[dict[str, Any]]:
+    (record,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    program = Path(sys.executable).with_name("wandb")
+    done = subprocess.run(
+        [program, "leet", "inspect", "--json", str(record)], capture_output=True, text=True, check=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_offline_wandb_record_holds_what_was_logged(runs: Path) -> None:
+    records = offline_records(runs / "smoke")
+    history = [r["history"].get("item", r["history"]) for r in records if r["type"] == "history"]
+    with (runs / "smoke" / "metrics.csv").open() as stream:
+        logged = [row for row in csv.DictReader(stream) if row.get("loss")]
+    tracked = {int(item["trainer/global_step"]): item["loss"] for item in history if "loss" in item}
+    assert tracked == pytest.approx({int(row["step"]): float(row["loss"]) for row in logged})
+    text = json.dumps(records)
+    assert '"sparsity": "2:4"' in text, "the resolved config"
+    assert "samples" in text
+    assert "density" in text
+    assert [r["exit"].get("exit_code", 0) for r in records if r["type"] == "exit"] == [0]
+
+
+def test_the_artifact_loads(runs: Path) -> None:
+    denoiser = lightning_prune.load(runs / "smoke" / "artifact")
+    assert denoiser.sample_shape == (1, 32, 32)
+
+
+def test_export_of_the_checkpoint_equals_the_artifact(runs: Path, tmp_path: Path) -> None:
+    checkpoint = runs / "smoke" / "checkpoints" / "last.ckpt"
+    assert main(["export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "out")]) == 0
+    ours = lightning_prune.load(tmp_path / "out").state_dict()
+    theirs = lightning_prune.load(runs / "smoke" / "artifact").state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_predict_draws_images(runs: Path) -> None:
+    checkpoint = runs / "smoke" / "checkpoints" / "last.ckpt"
+    arguments = ["--config", str(SMOKE), "--run.root", str(runs), "--run.name", "smoke", "--ckpt_path", str(checkpoint)]
+    assert main(["predict", *arguments]) == 0
+    assert sorted(p.name for p in runs.iterdir()) == ["smoke", "smoke-2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -21,3 +22,9 @@ def _wandb_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
             patch.setenv(variable, str(root))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _lightning_logs_to_pytest_alone() -> None:
+    # Lightning ties a handler to the stderr of the moment it is imported, which pytest has closed by now.
+    logging.getLogger("lightning").handlers.clear()

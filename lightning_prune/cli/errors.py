@@ -17,16 +17,14 @@ def one_line_errors(action: Callable[[], int], debug: bool) -> int:
     """Run `action`; an error of the user's is one line and status 2, any other a line and status 1."""
     try:
         return action()
-    except (InputError, ArgumentError) as error:
-        status, line = 2, summary(error)
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
     except Exception as error:
         cause = input_error_behind(error)
         status = 2 if cause else 1
         line = summary(cause) if cause else f"{type(error).__name__}: {error} (a defect of ours; --debug shows where)"
-    if debug:
-        traceback.print_exc()
+        if debug:
+            traceback.print_exc()
     print(f"lightning_prune: error: {line}", file=sys.stderr)
     return status
 

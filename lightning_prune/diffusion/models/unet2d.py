@@ -31,4 +31,4 @@ class UNet2D(Denoiser):
 
     def default_dense(self) -> Sequence[str]:
         """First and last convolution and the timestep and class embeddings."""
-        return (r"conv_in", r"conv_out", r"time_embedding\..*", r"class_embedding.*", r".*time_emb_proj")
+        return (r"conv_in", r"conv_out", r"time_embedding\..*", r".*time_emb_proj")

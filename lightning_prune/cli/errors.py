@@ -10,7 +10,11 @@ from collections.abc import Callable
 
 from lightning_prune.protocols import InputError
 
-_SCAFFOLD = r'[Pp]arser key "|Problem with given class_path|^Given value'
+_SCAFFOLD = (
+    r'[Pp]arser key "|Problem with given class_path|Given value|Subtypes: |Errors:$|'
+    r"Does not validate against|Expected a <class 'NoneType'>|Expected a path but"
+)
+_LONGEST = 400
 
 
 def one_line_errors(action: Callable[[], int], debug: bool) -> int:
@@ -39,20 +43,29 @@ def input_error_behind(error: BaseException | None) -> BaseException | None:
 
 
 def summary(error: BaseException) -> str:
-    """One line that names the key or the file.
-
-    Errors of nested configuration values are several lines long: the first names the key, and deeper ones say
-    what was wrong with it. An `InputError` underneath says it best.
-    """
+    """One line that names the key or the file. An `InputError` underneath says it best."""
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, InputError):
         inner = inner.__cause__ or inner.__context__
     if inner is not None:
         return " ".join(str(inner).split())
-    message = str(error.message) if isinstance(error, ArgumentError) else str(error)
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    keys = re.findall(r'[Pp]arser key "([^"]+)"', message)
-    reasons = [line for line in lines if not re.search(_SCAFFOLD, line)]
-    head = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
-    text = f"{head}{reasons[-1] if reasons else lines[0]}"
-    return text if len(text) < 400 else text[:400] + "..."
+    return parser_summary(str(error.message) if isinstance(error, ArgumentError) else str(error))
+
+
+def parser_summary(message: str) -> str:
+    """One line for a parser's message about a nested value.
+
+    Such a message is a tree: keys and class paths lead to what was wrong, and alternatives of a union follow each
+    other. The deepest line is the reason, the keys above it are its address.
+    """
+    lines = [line for line in message.splitlines() if line.strip(" -")]
+    reasons = [line for line in lines if not re.search(_SCAFFOLD, line)] or lines
+    reason = max(reasons, key=lambda line: len(line) - len(line.lstrip(" -"))).strip(" -")
+    address = list(dict.fromkeys(re.findall(r'[Pp]arser key "([^"]+)"', message)))
+    classes = re.findall(r"given class_path '([^']+)'", message)
+    given = re.findall(r"Given value: (?:NestedArg\(key='[^']*', val=)?(.*?)\)?\s*$", message, re.MULTILINE)
+    parts = [".".join(address), classes[-1] if classes else "", reason]
+    text = ": ".join(part for part in parts if part)
+    if given and given[0].strip("'") not in text:
+        text += f" (given {given[0]})"
+    return text if len(text) < _LONGEST else text[:_LONGEST] + "..."

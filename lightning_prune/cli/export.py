@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_prune import methods
+from lightning_prune.cli.checkpoints import check_checkpoint, read_checkpoint
 from lightning_prune.export import save_artifact
 from lightning_prune.module import PruningModule
 from lightning_prune.protocols import InputError
@@ -29,23 +29,12 @@ def run(args: Sequence[str]) -> int:
     checkpoint = read_checkpoint(options.ckpt_path)
     config = read_config(options.config) if options.config else yaml.safe_load(checkpoint.get("config", "")) or {}
     module = build_module(config)
-    module.load_state_dict(checkpoint["state_dict"])
+    module.load_state_dict(check_checkpoint(options.ckpt_path, module)["state_dict"])
     module.weights_changed()
     method = type(module).__name__.lower()
     save_artifact(module.denoiser, options.output, method, {"sampler": module.process.scheduler_config})
     print(f"wrote {options.output}")
     return 0
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint without executing what it holds."""
-    try:
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"--ckpt_path: {file}: no such file") from error
-    except Exception as error:
-        raise InputError(f"--ckpt_path: {file}: cannot be read as a checkpoint of plain tensors") from error
-    return checkpoint
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -81,7 +81,6 @@ def run_loggers(settings: RunSettings, folder: Path) -> list[Logger]:
     """`metrics.csv` in the run folder, and W&B unless disabled."""
     chosen: list[Logger] = [MetricsFile(folder)]
     if settings.wandb != "disabled":
-        folder.mkdir(parents=True, exist_ok=True)
         offline = settings.wandb == "offline"
         chosen.append(WandbLogger(project=settings.project, name=folder.name, save_dir=folder, offline=offline))
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 from lightning_prune.protocols import InputError
 
 _ENV = "LIGHTNING_PRUNE_RUN_FOLDER"
+_created: list[Path] = []
 
 
 @dataclass
@@ -52,9 +54,31 @@ def resolve(settings: RunSettings, ckpt_path: str | None) -> Path:
     return folder
 
 
+def create(folder: Path) -> None:
+    """Create the folder of a run that is about to begin."""
+    if not folder.exists():
+        _created.append(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def discard_unused() -> None:
+    """Remove a folder created for a run that ended before it did anything."""
+    for folder in _created:
+        if not (folder / "metrics.csv").exists() and not (folder / "checkpoints").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            remove_empty_parents(folder)
+
+
+def remove_empty_parents(folder: Path) -> None:
+    """Remove the root too if the discarded run was the first in it."""
+    if folder.parent.exists() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+
+
 def forget() -> None:
     """Let the next command in this process choose a folder of its own."""
     os.environ.pop(_ENV, None)
+    _created.clear()
 
 
 def _resumed(settings: RunSettings, ckpt_path: str | None) -> Path | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +21,8 @@ import lightning_prune.data  # noqa: F401
 from lightning_prune import methods
 from lightning_prune.callbacks import RunRecord, StepProgress
 from lightning_prune.cli import run_folder
+from lightning_prune.cli.checkpoints import CHECKPOINT_WORDS, check_checkpoint
+from lightning_prune.cli.errors import input_error_behind
 from lightning_prune.cli.loggers import run_loggers
 from lightning_prune.cli.run_folder import RunSettings
 from lightning_prune.module import PruningModule
@@ -34,6 +38,21 @@ class PruningCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.settings = RunSettings(**vars(config.run))
         self.folder = run_folder.resolve(self.settings, config.get("ckpt_path"))
+
+    def before_fit(self) -> None:
+        self._check_checkpoint()
+        # W&B falls back to a temporary folder if this one does not exist when it starts.
+        run_folder.create(self.folder)
+
+    def before_validate(self) -> None:
+        self._check_checkpoint()
+
+    before_test = before_predict = before_validate
+
+    def _check_checkpoint(self) -> None:
+        path = self.config_init[self.subcommand].get("ckpt_path")
+        if path is not None and path not in CHECKPOINT_WORDS:
+            check_checkpoint(Path(path), self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer", default={})
@@ -82,6 +101,8 @@ def run(args: Sequence[str]) -> int:
     os.environ.setdefault("WANDB_SILENT", "true")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     torch.set_flush_denormal(True)
+    # A resumed run goes on in its own folder.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     methods.discover()
     argv, sys.argv = sys.argv, ["lightning_prune", *args]
     try:
@@ -96,8 +117,10 @@ def run(args: Sequence[str]) -> int:
             parser_kwargs={"exit_on_error": False, "prog": "lightning_prune"},
             args=None,
         )
-    except BaseException:
+    except BaseException as error:
         wandb.finish(exit_code=1)
+        if input_error_behind(error):
+            run_folder.discard_unused()
         raise
     finally:
         wandb.finish()

@@ -61,6 +61,8 @@ class ResumableLoader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
+        if batch_size < 1:
+            raise InputError(f"data.batch_size: {batch_size} is not positive")
         size = len(dataset)  # type: ignore[arg-type]
         span = batch_size * world
         self.batches = size // span if shuffle else -(-size // span)

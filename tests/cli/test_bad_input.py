@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lightning_prune.cli import main
 from lightning_prune.data import fashion
@@ -60,11 +61,10 @@ def test_weights_of_another_shape(tmp_path: Path, capsys: pytest.CaptureFixture[
     save_artifact(tiny_dit(), tmp_path / "stored", "dense", {})
     config = json.loads((tmp_path / "stored" / "config.json").read_text())
     (tmp_path / "stored" / "config.json").write_text(json.dumps({**config, "attention_head_dim": 32}))
-    line = refused(
-        [f"{MODEL}.denoiser.init_args.weights={tmp_path / 'stored'}", f"{MODEL}.denoiser.init_args.config=null"],
-        capsys,
-        tmp_path,
-    )
+    content = yaml.safe_load(SMOKE.read_text())
+    content["model"]["init_args"]["denoiser"]["init_args"] = {"weights": str(tmp_path / "stored")}
+    (tmp_path / "stored.yaml").write_text(yaml.safe_dump(content))
+    line = refused([], capsys, tmp_path, tmp_path / "stored.yaml")
     assert "diffusion_pytorch_model.safetensors" in line
     assert "shape" in line
 

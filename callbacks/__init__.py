@@ -2,6 +2,7 @@
 
 from lightning_prune.callbacks.distance_evaluation import DistanceEvaluation
 from lightning_prune.callbacks.efficiency_report import EfficiencyReport
+from lightning_prune.callbacks.image_writer import ImageWriter
 from lightning_prune.callbacks.mask_invariant import MaskInvariant
 from lightning_prune.callbacks.progress import StepProgress
 from lightning_prune.callbacks.run_record import RunRecord
@@ -11,6 +12,7 @@ from lightning_prune.callbacks.sparsity_ramp import SparsityRamp
 __all__ = [
     "DistanceEvaluation",
     "EfficiencyReport",
+    "ImageWriter",
     "MaskInvariant",
     "RunRecord",
     "SampleGrid",

@@ -49,8 +49,13 @@ class DistanceEvaluation(Callback):
         if trainer.sanity_checking:
             return
         self._passes += 1
-        if self._passes % self.every_n_validations:
-            return
+        if self._passes % self.every_n_validations == 0:
+            self._evaluate(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log_distance(trainer, pl_module)
         if isinstance(pl_module, CostModel):
             kept = {f"macs_kept_{name}": value for name, value in pl_module.kept_fraction().items()}

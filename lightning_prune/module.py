@@ -19,7 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.metrics.macs import Ledger, count_denoiser
 from lightning_prune.protocols import InputError, ResultHook
+from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive
 
 Batch = Mapping[str, Tensor]
@@ -81,6 +83,7 @@ class PruningModule(pl.LightningModule):
         self.seed = seed
         self.compile_training = compile
         self._compiled: Callable[..., Tensor] | None = None
+        self._ledger: Ledger | None = None
 
     # What a method provides
 
@@ -127,17 +130,22 @@ class PruningModule(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._held_out_loss("val_loss", batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._held_out_loss("test_loss", batch, batch_idx)
+
+    def _held_out_loss(self, name: str, batch: Batch, batch_idx: int) -> None:
         with torch.random.fork_rng(devices=[]):
             loss, _ = self.loss(batch, self.step_generator(1, batch_idx))
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["x"]))
+        self.log(name, loss, prog_bar=True, sync_dist=True, batch_size=len(batch["x"]))
 
-    test_step = validation_step
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] for the labels of the batch."""
-        first = batch_idx * len(batch["cond"])
-        ids = torch.arange(first, first + len(batch["cond"]))
-        return self.sample_images(ids, batch["cond"].cpu())
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Sample ids [B] and images [B, C, H, W] in [-1, 1] for the labels of the batch."""
+        labels, world = batch["cond"].cpu(), self.trainer.world_size
+        first = batch_idx * len(labels) * world + self.global_rank
+        ids = first + world * torch.arange(len(labels))
+        return ids, self.sample_images(ids, labels)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
@@ -170,6 +178,15 @@ class PruningModule(pl.LightningModule):
     def variants(self) -> dict[str, Denoiser]:
         """Networks to report beside each other, by row name; the last is this method's result."""
         return {"result": self.denoiser}
+
+    # CostModel
+
+    def kept_fraction(self) -> dict[str, float]:
+        """Share of the dense network's MACs that one call costs now, by convention."""
+        if self._ledger is None:
+            self._ledger = count_denoiser(self.denoiser)
+        masks = {n: layer.sparsity for n, layer in masked_layers(self.denoiser.network).items() if layer.sparsity}
+        return {"aten": float(self._ledger.kept_share(masks))}
 
     # Moments at which weights change in place
 

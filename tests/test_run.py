@@ -119,6 +119,7 @@ def test_metrics_file(runs: Path) -> None:
     assert set(violations) == {0.0}
     assert {float(row["sparsity"]) for row in rows if row.get("sparsity")} == {0.25, 0.5}
     assert any(row.get("fd_fashion") for row in rows)
+    assert 0 < min(float(row["macs_kept_aten"]) for row in rows if row.get("macs_kept_aten")) < 1
 
 
 def offline_records(run: Path) -> list[dict[str, Any]]:
@@ -161,4 +162,5 @@ def test_predict_draws_images(runs: Path) -> None:
     checkpoint = runs / "smoke" / "checkpoints" / "last.ckpt"
     arguments = ["--config", str(SMOKE), "--run.root", str(runs), "--run.name", "smoke", "--ckpt_path", str(checkpoint)]
     assert main(["predict", *arguments]) == 0
+    assert len(list((runs / "smoke" / "predictions").glob("*.png"))) == 16
     assert sorted(p.name for p in runs.iterdir()) == ["smoke", "smoke-2"]

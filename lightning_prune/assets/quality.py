@@ -89,7 +89,8 @@ def nearest(images: Tensor, train: Tensor) -> Tensor:
     """Root-mean-square grey-level difference [N] of each image to the nearest training image."""
     flat, support = images.flatten(1).float(), train.flatten(1).float()
     best = [torch.cdist(part, support).amin(dim=1) for part in flat.split(250)]
-    return torch.cat(best) / flat.shape[1] ** 0.5
+    distances: Tensor = torch.cat(best) / flat.shape[1] ** 0.5
+    return distances
 
 
 def _summary(distances: Tensor) -> dict[str, float]:

@@ -13,13 +13,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import wandb
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_prune.callbacks
 import lightning_prune.data  # noqa: F401
 from lightning_prune import methods
-from lightning_prune.callbacks import RunRecord, StepProgress
+from lightning_prune.callbacks import ImageWriter, RunRecord, StepProgress
 from lightning_prune.cli import run_folder
 from lightning_prune.cli.checkpoints import CHECKPOINT_WORDS, check_checkpoint
 from lightning_prune.cli.errors import input_error_behind
@@ -74,6 +74,8 @@ class PruningCLI(LightningCLI):
     def _standing_callbacks(self, config: Any) -> list[Callback]:
         given = config.get("callbacks") or []
         callbacks: list[Callback] = [RunRecord(self._resolved())] if self.subcommand == "fit" else []
+        if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in given):
+            callbacks.append(ImageWriter())
         if config.get("enable_progress_bar") is not False:
             callbacks.append(StepProgress())
         if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):

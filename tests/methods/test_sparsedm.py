@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
@@ -21,7 +20,7 @@ def test_masks_of_the_averaged_weights_are_in_place_while_validating(tmp_path: P
     class Look(Callback):
         checked = 0
 
-        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             averaged = next(c for c in trainer.callbacks if isinstance(c, EMAWeightAveraging))
             online = dict(averaged._average_model.module.denoiser.network.named_parameters())
             for name, layer in masked_layers(pl_module.denoiser.network).items():
@@ -59,7 +58,6 @@ def test_the_checkpoint_holds_dense_weights_and_no_teacher(tmp_path: Path) -> No
 def test_decay_is_unaffected_by_the_loss_scale(scale: float) -> None:
     """Scaled backward, unscaling, then decay: what Lightning's order of hooks does under 16-mixed."""
     module = tiny_sparsedm(decay=2e-4)
-    module.trainer = None
     batch = {"x": torch.randn(4, 1, 32, 32), "cond": torch.arange(4)}
     loss, _ = module.loss(batch, torch.Generator().manual_seed(0))
     (loss * scale).backward()
@@ -82,7 +80,7 @@ def test_decay_is_added_once_per_optimizer_step(tmp_path: Path) -> None:
         calls.append(strength)
         original(strength)
 
-    module.masks.add_decay = counting
+    module.masks.add_decay = counting  # type: ignore[method-assign]
     fit(module, tmp_path, max_steps=3, accumulate_grad_batches=2)
     assert calls == [0.1, 0.1, 0.1]
 
@@ -94,7 +92,7 @@ def test_the_ramp_keeps_optimizer_and_average(tmp_path: Path) -> None:
             self.optimizers: set[int] = set()
             self.moments: list[float] = []
 
-        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             self.patterns.append(str(next(iter(masked_layers(pl_module.denoiser.network).values())).sparsity))
             self.optimizers.add(id(trainer.optimizers[0]))
             state = trainer.optimizers[0].state[next(iter(pl_module.parameters()))]
@@ -109,7 +107,7 @@ def test_the_ramp_keeps_optimizer_and_average(tmp_path: Path) -> None:
 
 def test_the_invariant_stops_a_run_whose_masks_break(tmp_path: Path) -> None:
     class Break(Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             next(iter(pl_module.masks.layers.values())).mask.fill_(1)
 
     with pytest.raises(RuntimeError, match="do not hold their sparsity pattern"):

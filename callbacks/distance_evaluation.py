@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_prune.callbacks.capability import require
 from lightning_prune.callbacks.progress import sampling_progress
 from lightning_prune.metrics.evaluation import FashionEvaluator, SamplingSettings
-from lightning_prune.protocols import CostModel, ImageSampler
+from lightning_prune.protocols import CostModel, ImageSampler, VariantSource
 
 
 class DistanceEvaluation(Callback):
@@ -63,6 +63,7 @@ class DistanceEvaluation(Callback):
 
     def _log_distance(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         sampler, settings = require(pl_module, ImageSampler, self), self.settings
+        source = require(pl_module, VariantSource, self)
         assert self._evaluator is not None
         with torch.random.fork_rng(devices=[]), sampling_progress(trainer, "sampling", settings.samples) as advance:
 
@@ -71,7 +72,7 @@ class DistanceEvaluation(Callback):
                 advance(len(ids))
                 return images
 
-            score = self._evaluator.score(draw, settings)
+            score = self._evaluator.score(draw, settings, source.process, source.weights_kind)
         values = {"fd_fashion_low": score.fd.low, "fd_fashion_high": score.fd.high, "sample_accuracy": score.accuracy}
         pl_module.log("fd_fashion", score.fd.value, prog_bar=True, rank_zero_only=True)
         pl_module.log_dict(values, rank_zero_only=True)

@@ -1,4 +1,4 @@
-"""The end of a run: what was gained and lost, measured, and the artefact people take away."""
+"""The end of a run: what was gained and lost, measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from lightning_prune.callbacks.progress import sampling_progress
 from lightning_prune.callbacks.run_record import RunRecord
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.samplers import sample_images
-from lightning_prune.export.artifact import save_artifact
 from lightning_prune.export.report import (
     Cost,
     build_report,
@@ -34,7 +33,7 @@ from lightning_prune.protocols import SparsityControl, VariantSource
 
 
 class EfficiencyReport(Callback):
-    """Score every network the method reports, under one protocol and equal seeds; write report and artefact.
+    """Score every network the method reports, under one protocol and equal seeds; write the report.
 
     Args:
         samples: samples a network.
@@ -64,7 +63,7 @@ class EfficiencyReport(Callback):
         self._evaluator = FashionEvaluator(trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write report and artefact; called with the final, averaged weights in place."""
+        """Write the report; called with the final, averaged weights in place."""
         if not trainer.is_global_zero:
             return
         source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
@@ -78,13 +77,6 @@ class EfficiencyReport(Callback):
         method = type(pl_module).__name__.lower()
         report = build_report(method, _config(trainer), rows, list(scores.values()), self._evaluator.floor())
         notes = _notes(report, costs)
-        result = list(variants)[-1]
-        details = {
-            "sampler": source.process.scheduler_config,
-            "protocol": report["protocols"],
-            "results": rows[-1],
-        }
-        save_artifact(variants[result], folder / "artifact", method, details)
         write_report(report, notes, folder)
         _print(report, notes, folder)
         _log_tables(trainer, pl_module, report)
@@ -100,7 +92,7 @@ class EfficiencyReport(Callback):
                     advance(len(ids))
                     return images
 
-                scores[name] = self._evaluator.score(draw, settings, source.process.prediction)
+                scores[name] = self._evaluator.score(draw, settings, source.process, source.weights_kind)
         return scores
 
 
@@ -113,7 +105,7 @@ def _notes(report: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
     floor = report["floor"]
     notes = [
         f"floor {floor['value']:.3f}: the distance of {floor['samples']} held-out real images from the reference; "
-        "no model can be expected below it"
+        "no model can be expected below it (a distance rises as the count falls)"
     ]
     last = costs[list(costs)[-1]]
     if last.masked_share > 0:

@@ -12,7 +12,9 @@ from lightning_prune.protocols import SparsityControl
 
 
 class MaskInvariant(Callback):
-    """Log `mask_violations`, the groups of the computed weights that do not hold their pattern.
+    """Log `mask_violations`, the groups that did not hold their pattern, summed over all steps so far.
+
+    A sum, so that steps between two logged ones count too.
 
     Args:
         stop: end the run with an error at the first violation.
@@ -21,6 +23,7 @@ class MaskInvariant(Callback):
     def __init__(self, stop: bool = True) -> None:
         super().__init__()
         self.stop = stop
+        self._total = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, SparsityControl, self)
@@ -28,14 +31,15 @@ class MaskInvariant(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._check(trainer, pl_module, "mask_violations")
+        self._check(trainer, pl_module, compare=False)
+        pl_module.log("mask_violations", float(self._total), rank_zero_only=True)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The averaged weights are in place here, so this checks their masks.
-        self._check(trainer, pl_module, "mask_violations_averaged")
+        # The averaged weights are in place here; masks of other weights count as violations.
+        self._check(trainer, pl_module, compare=True)
 
-    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
-        count = require(pl_module, SparsityControl, self).mask_violations()
-        pl_module.log(name, float(count), rank_zero_only=True)
+    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, compare: bool) -> None:
+        count = require(pl_module, SparsityControl, self).mask_violations(compare)
+        self._total += count
         if count and self.stop:
             raise RuntimeError(f"{count} groups do not hold their sparsity pattern at step {trainer.global_step}")

@@ -27,7 +27,9 @@ class RunRecord(Callback):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(self.config)
+        file = folder / "config.yaml"
+        if not file.exists():  # a resumed run keeps what it was started with
+            file.write_text(self.config)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(yaml.safe_load(self.config) or {}, allow_val_change=True)

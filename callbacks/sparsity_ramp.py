@@ -40,14 +40,21 @@ class SparsityRamp(Callback):
         if trainer.estimated_stepping_batches == float("inf"):
             raise InputError("SparsityRamp needs trainer.max_steps or max_epochs to know how long the run is")
         self._current = None
+        self._apply(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A run that stopped early is reported and stored at the pattern it aimed at.
+        require(pl_module, SparsityControl, self).set_sparsity(self.chain[-1])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        pl_module.log("sparsity", self._apply(trainer, pl_module).fraction, prog_bar=True)
+
+    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Sparsity:
         total = int(trainer.estimated_stepping_batches)
         wanted = staged(trainer.global_step, total, self.chain, self.reached_at)
-        control = require(pl_module, SparsityControl, self)
         if wanted != self._current:
-            control.set_sparsity(wanted)
+            require(pl_module, SparsityControl, self).set_sparsity(wanted)
             self._current = wanted
-        pl_module.log("sparsity", wanted.fraction, prog_bar=True)
+        return wanted

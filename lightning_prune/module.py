@@ -21,10 +21,12 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.metrics.macs import Ledger, count_denoiser
 from lightning_prune.protocols import InputError, ResultHook
+from lightning_prune.pruning.frozen import Shared
 from lightning_prune.pruning.masks import masked_layers
-from lightning_prune.seeds import derive
+from lightning_prune.seeds import derive, run_seed
 
 Batch = Mapping[str, Tensor]
+_STEPS_BETWEEN_CHECKS = 50
 LrSchedule = Literal["constant", "cosine", "linear"]
 
 
@@ -52,7 +54,7 @@ class PruningModule(pl.LightningModule):
         warmup_steps: steps of linear warm-up.
         ema_decay: decay of the exponential moving average of the weights; null for none.
         label_dropout: probability that a sample's label is replaced by "no class", for guidance.
-        seed: seed of timesteps, noise and label dropout.
+        seed: seed of timesteps, noise and label dropout; null takes that of `seed_everything`.
         compile: run the training forward through torch.compile.
     """
 
@@ -65,7 +67,7 @@ class PruningModule(pl.LightningModule):
         warmup_steps: int = 0,
         ema_decay: float | None = 0.999,
         label_dropout: float = 0.0,
-        seed: int = 0,
+        seed: int | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -75,12 +77,15 @@ class PruningModule(pl.LightningModule):
             raise InputError(f"model.ema_decay: {ema_decay} is not in (0, 1)")
         self.denoiser = denoiser
         self.process = process
-        self.make_optimizer = optimizer
+        # The command line's callable refers to the command line, trainer and all.
+        self._optimizer = Shared(optimizer)
         self.lr_schedule: LrSchedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.ema_decay = ema_decay
         self.label_dropout = label_dropout
-        self.seed = seed
+        self.seed = run_seed() if seed is None else seed
+        if self.seed < 0:
+            raise InputError(f"model.seed: {self.seed} is negative")
         self.compile_training = compile
         self._compiled: Callable[..., Tensor] | None = None
         self._ledger: Ledger | None = None
@@ -96,12 +101,13 @@ class PruningModule(pl.LightningModule):
 
     # Training
 
-    def predict(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """The denoiser's output; compiled while training where asked for."""
         if not (self.training and self.compile_training):
             return self.denoiser(x, t, cond)  # type: ignore[no-any-return]
         if self._compiled is None:
-            self._compiled = torch.compile(self.denoiser)
+            # The function, not the module: a compiled module would register itself and enter the state dict.
+            self._compiled = torch.compile(self.denoiser.forward)
         return self._compiled(x, t, cond)
 
     def diffuse(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -123,8 +129,9 @@ class PruningModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         index = self.trainer.fit_loop.epoch_loop.total_batch_idx
         loss, values = self.loss(batch, self.step_generator(0, index))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.global_step}; lower the learning rate")
+        # Reading the loss waits for the device, so it is not done at every step.
+        if index % _STEPS_BETWEEN_CHECKS == 0 and not torch.isfinite(loss):
+            raise InputError(f"loss is {loss.item()} at step {self.global_step}; lower the learning rate")
         self.log("loss", loss, prog_bar=True)
         self.log_dict(values)
         return loss
@@ -142,13 +149,11 @@ class PruningModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Sample ids [B] and images [B, C, H, W] in [-1, 1] for the labels of the batch."""
-        labels, world = batch["cond"].cpu(), self.trainer.world_size
-        first = batch_idx * len(labels) * world + self.global_rank
-        ids = first + world * torch.arange(len(labels))
-        return ids, self.sample_images(ids, labels)
+        ids = batch["id"].cpu()
+        return ids, self.sample_images(ids, batch["cond"].cpu())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self._optimizer.value([p for p in self.parameters() if p.requires_grad])
         total = self.trainer.estimated_stepping_batches if self.lr_schedule != "constant" else math.inf
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, total, self.warmup_steps, self.lr_schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -174,6 +179,11 @@ class PruningModule(pl.LightningModule):
     ) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] for sample `ids` [B] and `labels` [B], by deterministic DDIM."""
         return sample_images(self.denoiser, self.process, ids, labels, steps, guidance, seed, on_step)
+
+    @property
+    def weights_kind(self) -> str:
+        """Which weights are evaluated and stored: "averaged" or "last"."""
+        return "last" if self.ema_decay is None else "averaged"
 
     def variants(self) -> dict[str, Denoiser]:
         """Networks to report beside each other, by row name; the last is this method's result."""

@@ -6,7 +6,7 @@ Nothing here imports from the rest of the package, so every layer may import thi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -77,19 +77,6 @@ class PrunableUnit:
 
 
 @runtime_checkable
-class DenoiserLike(Protocol):
-    """A network that predicts the diffusion target from a noisy sample."""
-
-    sample_shape: tuple[int, ...]
-
-    def forward(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
-
-    def null_condition(self, cond: Any) -> Any: ...
-
-    def anatomy(self) -> Sequence[PrunableUnit]: ...
-
-
-@runtime_checkable
 class SparsityControl(Protocol):
     """Something whose weight sparsity can be changed and inspected while it trains."""
 
@@ -97,7 +84,7 @@ class SparsityControl(Protocol):
 
     def density_by_layer(self) -> Mapping[str, float]: ...
 
-    def mask_violations(self) -> int: ...
+    def mask_violations(self, compare: bool = False) -> int: ...
 
 
 @runtime_checkable
@@ -112,6 +99,7 @@ class VariantSource(Protocol):
     """Something that names the networks to report beside each other; the last one is its result."""
 
     process: Any
+    weights_kind: str
 
     def variants(self) -> dict[str, Any]: ...
 

@@ -6,10 +6,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_prune.callbacks import DistanceEvaluation, SparsityRamp
+from lightning_prune.callbacks import DistanceEvaluation, LastCheckpoint, SparsityRamp
 from lightning_prune.data import EmbeddedFashion
+from lightning_prune.data.arrays import LabelledImages
 from lightning_prune.data.loader import ResumableLoader
 from lightning_prune.diffusion.process import Process
 from lightning_prune.methods.dense import Dense
@@ -28,8 +29,8 @@ def dense() -> Any:
     return Dense(tiny_dit(), Process(schedule="cosine", prediction="v"), label_dropout=0.2)
 
 
-class SaveAt(Callback):
-    """Writes one checkpoint in mid-epoch."""
+class SaveAt(Checkpoint):
+    """Writes one checkpoint in mid-epoch; a Checkpoint runs after weight averaging."""
 
     def __init__(self, step: int, file: Path) -> None:
         self.step, self.file = step, file
@@ -46,12 +47,44 @@ def test_resumed_in_mid_epoch_equals_uninterrupted(make: Any, tmp_path: Path) ->
 
     whole = make()
     fit(whole, tmp_path / "whole", max_steps=8, callbacks=ramp())
-    fit(make(), tmp_path / "first", max_steps=8, callbacks=[*ramp(), SaveAt(3, tmp_path / "three.ckpt")])
+    fit(
+        make(),
+        tmp_path / "first",
+        max_steps=8,
+        callbacks=[*ramp(), SaveAt(3, tmp_path / "three.ckpt")],
+        enable_checkpointing=True,
+    )
     resumed = make()
     torch.manual_seed(12345)  # the state of torch's own generator must not matter
     fit(resumed, tmp_path / "second", tmp_path / "three.ckpt", max_steps=8, callbacks=ramp())
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
+
+
+@pytest.mark.parametrize("compile_", [False, True])
+def test_a_finished_run_can_be_made_longer(compile_: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`last.ckpt` of 4 steps, extended to 6, equals 6 steps; a compiled network leaves no trace in it."""
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+
+    def module() -> Any:
+        return tiny_sparsedm(label_dropout=0.2, compile=compile_)
+
+    whole, longer = module(), module()
+    fit(whole, tmp_path / "whole", max_steps=6)
+    fit(module(), tmp_path / "run", max_steps=4, callbacks=[LastCheckpoint(3)], enable_checkpointing=True)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert not [name for name in torch.load(last, weights_only=True)["state_dict"] if "_compiled" in name]
+    fit(longer, tmp_path / "again", last, max_steps=6)
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(longer).items())
+
+
+def test_seeds_differ(tmp_path: Path) -> None:
+    first, second = tiny_sparsedm(seed=0), tiny_sparsedm(seed=1)
+    fit(first, tmp_path / "first", max_steps=1)
+    fit(second, tmp_path / "second", max_steps=1)
+    expected = weights(first)
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in weights(second).items())
 
 
 def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:
@@ -87,6 +120,24 @@ def test_the_loader_resumes_behind_the_last_batch_it_handed_out() -> None:
     second = ResumableLoader(data, 300, seed=3)
     second.load_state_dict(first.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(batches(second, 7), whole[8:], strict=True))
+
+
+def test_a_short_pass_goes_on_into_the_next_epoch() -> None:
+    data = EmbeddedFashion().split("held_out")
+    loader = ResumableLoader(data, 500, seed=2)
+    found = [next(iter_) for iter_ in [iter(loader)] for _ in range(3)]
+    rest = [batch["x"] for batch in loader]
+    assert len(found) == 3
+    assert len(rest) == len(loader) == 4
+    assert torch.equal(rest[1], batches(ResumableLoader(data, 500, seed=2), 5)[4])
+
+
+def test_no_rank_is_left_without_a_sample() -> None:
+    data = EmbeddedFashion().split("held_out")
+    short = LabelledImages(data.images[:33], data.labels[:33])
+    for rank in (0, 1):
+        assert [len(b["x"]) for b in ResumableLoader(short, 8, shuffle=False, rank=rank, world=2)] == [8, 8]
+    assert [len(b["x"]) for b in ResumableLoader(short, 8, shuffle=False)] == [8, 8, 8, 8, 1]
 
 
 def test_ranks_share_an_epoch_without_overlap() -> None:

@@ -14,6 +14,8 @@ import yaml
 
 import lightning_prune
 from lightning_prune.cli import main
+from lightning_prune.protocols import Sparsity
+from lightning_prune.pruning.nm import to_groups, violations
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMOKE = CONFIGS / "smoke" / "sparsedm_dit.yaml"
@@ -140,7 +142,7 @@ def test_the_offline_wandb_record_holds_what_was_logged(runs: Path) -> None:
     assert tracked == pytest.approx({int(row["step"]): float(row["loss"]) for row in logged})
     text = json.dumps(records)
     assert '"sparsity": "2:4"' in text, "the resolved config"
-    assert "samples" in text
+    assert list((runs / "smoke" / "wandb").glob("offline-run-*/files/media/images/samples_*.png"))
     assert "density" in text
     assert [r["exit"].get("exit_code", 0) for r in records if r["type"] == "exit"] == [0]
 
@@ -148,6 +150,20 @@ def test_the_offline_wandb_record_holds_what_was_logged(runs: Path) -> None:
 def test_the_artifact_loads(runs: Path) -> None:
     denoiser = lightning_prune.load(runs / "smoke" / "artifact")
     assert denoiser.sample_shape == (1, 32, 32)
+    manifest = json.loads((runs / "smoke" / "artifact" / "pruning.json").read_text())
+    assert manifest["results"]["name"] == "sparsedm 2:4"
+    state = denoiser.network.state_dict()
+    assert len(manifest["masks"]) == 12
+    for name, pattern in manifest["masks"].items():
+        assert pattern == "2:4"
+        assert ((to_groups(state[f"{name}.weight"], 4) != 0).sum(-1) == 2).all()
+
+
+def test_the_checkpoint_keeps_dense_shadow_weights(runs: Path) -> None:
+    checkpoint = torch.load(runs / "smoke" / "checkpoints" / "last.ckpt", weights_only=True)
+    for key in ("state_dict", "current_model_state"):
+        for name in json.loads((runs / "smoke" / "artifact" / "pruning.json").read_text())["masks"]:
+            assert violations(checkpoint[key][f"denoiser.network.{name}.weight"], Sparsity(2, 4)) > 0
 
 
 def test_export_of_the_checkpoint_equals_the_artifact(runs: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""."""
+"""The embedded default: data, extractor and networks, and what made them."""

@@ -82,7 +82,7 @@ def _score(evaluator: FashionEvaluator, denoiser: Denoiser, settings: SamplingSe
         drawn.append(to_uint8(images))
         return images
 
-    return evaluator.score(draw, settings), torch.cat(drawn)
+    return evaluator.score(draw, settings, PROCESS, "averaged"), torch.cat(drawn)
 
 
 def nearest(images: Tensor, train: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Make pretrained diffusion models cheaper to sample.
   lightning_prune fit --config x.yaml --run.wandb online  the same run, tracked online
   lightning_prune fit --help                              every option of fit
 
-Exit status: 0 done, 1 a defect of ours, 2 bad input or impossible request, 3 a quality gate not met.
+Exit status: 0 done, 1 a defect of ours, 2 bad input or impossible request.
 --debug shows the traceback behind a one-line error.
 """
 

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prune.diffusion.models.base import first_difference
 from lightning_prune.protocols import InputError
 
-CHECKPOINT_WORDS = ("best", "last", "hpc")
+_WORDS = ("best", "last", "hpc", "registry")
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """Read a Lightning checkpoint. Raises `InputError` naming a missing, damaged or foreign file."""
+    if str(file) in _WORDS:
+        raise InputError(f"ckpt_path: {file}: give the path; a new run has a folder of its own, with nothing in it")
     try:
         checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
@@ -33,12 +36,6 @@ def check_checkpoint(file: Path, module: nn.Module) -> dict[str, Any]:
         InputError: naming the file and the first tensor that does not fit.
     """
     checkpoint = read_checkpoint(file)
-    own, stored = module.state_dict(), checkpoint["state_dict"]
-    for name in [*own, *stored]:
-        if name not in own or name not in stored:
-            side = "model" if name not in own else "checkpoint"
-            raise InputError(f"ckpt_path: {file}: tensor {name} has no counterpart in the {side}")
-        if own[name].shape != stored[name].shape:
-            shapes = f"{list(stored[name].shape)}, expected {list(own[name].shape)}"
-            raise InputError(f"ckpt_path: {file}: {name} has shape {shapes}")
+    if difference := first_difference(module.state_dict(), checkpoint["state_dict"], "model", "checkpoint"):
+        raise InputError(f"ckpt_path: {file}: {difference}")
     return checkpoint

@@ -8,6 +8,8 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Callable
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from lightning_prune.protocols import InputError
 
 _SCAFFOLD = (
@@ -36,7 +38,7 @@ def one_line_errors(action: Callable[[], int], debug: bool) -> int:
 def input_error_behind(error: BaseException | None) -> BaseException | None:
     """The InputError an exception was raised from, if there is one."""
     while error is not None:
-        if isinstance(error, InputError | ArgumentError):
+        if isinstance(error, InputError | ArgumentError | MisconfigurationException):
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +83,14 @@ def run_loggers(settings: RunSettings, folder: Path) -> list[Logger]:
     chosen: list[Logger] = [MetricsFile(folder)]
     if settings.wandb != "disabled":
         offline = settings.wandb == "offline"
-        chosen.append(WandbLogger(project=settings.project, name=folder.name, save_dir=folder, offline=offline))
+        run_id = wandb_id(folder)
+        chosen.append(
+            WandbLogger(project=settings.project, name=folder.name, save_dir=folder, offline=offline, id=run_id)
+        )
     return chosen
+
+
+def wandb_id(folder: Path) -> str:
+    """The W&B id of a run: that of its first start if it is resumed, so that W&B sees one run."""
+    earlier = sorted((folder / "wandb").glob("*run-*-*"))
+    return earlier[0].name.rsplit("-", 1)[1] if earlier else secrets.token_hex(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +37,17 @@ class RunSettings:
 def resolve(settings: RunSettings, ckpt_path: str | None) -> Path:
     """The folder of this run, not yet created.
 
-    A checkpoint inside `<root>/<name>*` continues in its own folder; otherwise an existing folder is left alone
-    and the next free number is taken. Processes of one launch agree through the environment.
+    A checkpoint inside `<root>/<name>` or a numbered sibling continues in its own folder; otherwise an existing
+    folder is left alone and the next free number is taken. Processes that one command starts agree through the
+    environment; those that a scheduler starts side by side cannot, and share `<name>-<job id>`.
 
     Raises:
         InputError: the folder cannot be written.
     """
     if chosen := os.environ.get(_ENV):
         return Path(chosen)
-    folder = _resumed(settings, ckpt_path) or _next_free(Path(settings.root) / settings.name)
+    base = Path(settings.root) / settings.name
+    folder = _resumed(settings, ckpt_path) or _of_job(base) or _next_free(base)
     existing = folder
     while not existing.exists():
         existing = existing.parent
@@ -64,15 +67,10 @@ def create(folder: Path) -> None:
 def discard_unused() -> None:
     """Remove a folder created for a run that ended before it did anything."""
     for folder in _created:
-        if not (folder / "metrics.csv").exists() and not (folder / "checkpoints").exists():
+        if not any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "samples")):
             shutil.rmtree(folder, ignore_errors=True)
-            remove_empty_parents(folder)
-
-
-def remove_empty_parents(folder: Path) -> None:
-    """Remove the root too if the discarded run was the first in it."""
-    if folder.parent.exists() and not any(folder.parent.iterdir()):
-        folder.parent.rmdir()
+            if folder.parent.exists() and not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
 
 
 def forget() -> None:
@@ -86,9 +84,15 @@ def _resumed(settings: RunSettings, ckpt_path: str | None) -> Path | None:
         return None
     root = Path(settings.root).resolve()
     for parent in Path(ckpt_path).resolve().parents:
-        if parent.parent == root:
+        if parent.parent == root and re.fullmatch(re.escape(settings.name) + r"(-\d+)?", parent.name):
             return Path(settings.root) / parent.name
     return None
+
+
+def _of_job(base: Path) -> Path | None:
+    world = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1")))
+    job = os.environ.get("SLURM_JOB_ID", os.environ.get("TORCHELASTIC_RUN_ID"))
+    return base.with_name(f"{base.name}-{job}") if job and world > 1 else None
 
 
 def _next_free(folder: Path) -> Path:

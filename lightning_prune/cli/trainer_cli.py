@@ -13,19 +13,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import wandb
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_prune.callbacks
 import lightning_prune.data  # noqa: F401
 from lightning_prune import methods
-from lightning_prune.callbacks import ImageWriter, RunRecord, StepProgress
+from lightning_prune.callbacks import ArtifactWriter, ImageWriter, LastCheckpoint, RunRecord, StepProgress
 from lightning_prune.cli import run_folder
-from lightning_prune.cli.checkpoints import CHECKPOINT_WORDS, check_checkpoint
+from lightning_prune.cli.checkpoints import check_checkpoint
 from lightning_prune.cli.errors import input_error_behind
 from lightning_prune.cli.loggers import run_loggers
 from lightning_prune.cli.run_folder import RunSettings
 from lightning_prune.module import PruningModule
+from lightning_prune.protocols import InputError
 
 
 class PruningCLI(LightningCLI):
@@ -36,6 +37,8 @@ class PruningCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if config.trainer.default_root_dir is not None:
+            raise InputError("trainer.default_root_dir: the folder of a run is run.root and run.name")
         self.settings = RunSettings(**vars(config.run))
         self.folder = run_folder.resolve(self.settings, config.get("ckpt_path"))
 
@@ -51,7 +54,7 @@ class PruningCLI(LightningCLI):
 
     def _check_checkpoint(self) -> None:
         path = self.config_init[self.subcommand].get("ckpt_path")
-        if path is not None and path not in CHECKPOINT_WORDS:
+        if path is not None:
             check_checkpoint(Path(path), self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -61,7 +64,6 @@ class PruningCLI(LightningCLI):
                 "default_root_dir": str(self.folder),
                 "logger": self._loggers(config.get("logger")),
                 "callbacks": [*(config.get("callbacks") or []), *self._standing_callbacks(config)],
-                "use_distributed_sampler": False,
                 **kwargs,
             }
         )
@@ -73,20 +75,15 @@ class PruningCLI(LightningCLI):
 
     def _standing_callbacks(self, config: Any) -> list[Callback]:
         given = config.get("callbacks") or []
-        callbacks: list[Callback] = [RunRecord(self._resolved())] if self.subcommand == "fit" else []
-        if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in given):
+        callbacks: list[Callback] = []
+        if self.subcommand == "fit":
+            callbacks += [RunRecord(self._resolved()), ArtifactWriter()]
+        if self.subcommand == "predict" and not any(isinstance(c, ImageWriter) for c in given):
             callbacks.append(ImageWriter())
         if config.get("enable_progress_bar") is not False:
             callbacks.append(StepProgress())
-        if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
-            callbacks.append(
-                ModelCheckpoint(
-                    dirpath=self.folder / "checkpoints",
-                    save_last=True,
-                    save_top_k=0,
-                    every_n_train_steps=self.settings.checkpoint_every,
-                )
-            )
+        if self.subcommand == "fit" and config.get("enable_checkpointing") is not False:
+            callbacks.append(LastCheckpoint(self.settings.checkpoint_every))
         return callbacks
 
     def _resolved(self) -> str:
@@ -103,10 +100,12 @@ def run(args: Sequence[str]) -> int:
     os.environ.setdefault("WANDB_SILENT", "true")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     torch.set_flush_denormal(True)
-    # A resumed run goes on in its own folder.
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    if args[0] != "fit":
+        # Averaging is for training: a checkpoint's `state_dict` holds the averaged weights already.
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     methods.discover()
-    argv, sys.argv = sys.argv, ["lightning_prune", *args]
+    # Lightning's launcher starts further processes from sys.argv, so the program's own name has to stay.
+    argv, sys.argv = sys.argv, [sys.argv[0], *args]
     try:
         PruningCLI(
             PruningModule,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def read_idx(root: Path, part: str) -> Tensor:
         raise InputError(f"data.root: {root} holds no {stem}(.gz); get it with torchvision or the Debian package")
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{file}: cannot be read") from error
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise InputError(f"{file}: checksum differs from the published one")
@@ -65,7 +66,7 @@ class FashionMNIST(ArrayData):
     Args:
         root: folder with the four idx files, gzipped or not (torchvision's layout is found too).
         batch_size: samples per process and batch.
-        seed: seed of the order.
+        seed: seed of the order; null takes that of `seed_everything`.
         workers: worker processes of the loader.
         validation_samples: held-out images that one validation pass reads.
     """
@@ -77,7 +78,7 @@ class FashionMNIST(ArrayData):
         self,
         root: str = "/usr/share/datasets/fashion-mnist",
         batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
         workers: int = 0,
         validation_samples: int = 512,
     ) -> None:
@@ -103,8 +104,8 @@ class EmbeddedFashion(ArrayData):
 
     def read(self, split: Split) -> LabelledImages:
         try:
-            with np.load(EMBEDDED_FILE, allow_pickle=False) as arrays:
+            with EMBEDDED_FILE.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{EMBEDDED_FILE}: missing or damaged data asset") from error
         return LabelledImages(pad_to_32(torch.from_numpy(images)), torch.from_numpy(labels).long())

@@ -65,7 +65,9 @@ class ResumableLoader:
             raise InputError(f"data.batch_size: {batch_size} is not positive")
         size = len(dataset)  # type: ignore[arg-type]
         span = batch_size * world
-        self.batches = size // span if shuffle else -(-size // span)
+        # A remainder is read in order, but not one that leaves a rank without a sample.
+        remainder = not shuffle and size % span >= world
+        self.batches = size // span + remainder
         if self.batches == 0:
             raise InputError(f"data.batch_size: {batch_size} on {world} processes exceeds the {size} samples")
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
@@ -76,11 +78,18 @@ class ResumableLoader:
         return self.batches
 
     def __iter__(self) -> Iterator[Any]:
+        """One pass of `len(self)` batches from the present position, on into the next epoch if need be."""
         if not self.shuffle:
             self.consumed = 0
+        end = self.consumed + self.batches
+        while self.consumed < end:
+            yield from self._rest_of_epoch(end)
+
+    def _rest_of_epoch(self, end: int) -> Iterator[Any]:
         epoch, start = divmod(self.consumed, self.batches)
+        stop = min(self.batches, end - epoch * self.batches)
         order = epoch_order(len(self.dataset), self.seed, epoch, self.shuffle)  # type: ignore[arg-type]
-        slices = _Slice(order, self.batch_size, self.rank, self.world, start, self.batches)
+        slices = _Slice(order, self.batch_size, self.rank, self.world, start, stop)
         for batch in DataLoader(self.dataset, batch_sampler=slices, num_workers=self.workers):
             # Counted before it is handed out: a checkpoint written after this batch resumes behind it.
             self.consumed += 1

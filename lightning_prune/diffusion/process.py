@@ -48,6 +48,7 @@ class Process:
             raise InputError(f"process.timesteps: {timesteps} is too few, at least 2 are needed")
         self.prediction = prediction
         self.timesteps = timesteps
+        self.clip_sample = clip_sample
         self.scheduler_config: dict[str, Any] = {
             "num_train_timesteps": timesteps,
             "beta_start": beta_start,
@@ -78,14 +79,10 @@ class Process:
         signal, sigma = self.coefficients(t, x0)
         return signal * noise - sigma * x0
 
-    def predicted_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean sample that a network `output` at `x_t` stands for."""
-        signal, sigma = self.coefficients(t, x_t)
-        if self.prediction == "epsilon":
-            return (x_t - sigma * output) / signal
-        if self.prediction == "x0":
-            return output
-        return signal * x_t - sigma * output
+    def describe(self) -> str:
+        """The process in a few words, for protocols."""
+        betas = f"{self.scheduler_config['beta_schedule']} schedule of {self.timesteps}"
+        return f"{betas}, {self.prediction}-prediction, x0 {'clipped' if self.clip_sample else 'not clipped'}"
 
     def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
         """Uniform integer timesteps [batch] on the generator's device."""

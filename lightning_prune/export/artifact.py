@@ -9,6 +9,7 @@ Masked weights are written as dense tensors with valid zeros: any tool loads the
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from lightning_prune import __version__
+from lightning_prune.checksums import sha256
 from lightning_prune.diffusion.models import Denoiser, families
-from lightning_prune.export.checksums import sha256
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.masks import effective_state, masked_layers
 
@@ -38,7 +39,9 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
     Returns:
         `folder`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    final, folder = folder, folder.with_name(f".{folder.name}-partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     state = effective_state(denoiser.network)
     save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _WEIGHTS)
     config = {"_class_name": denoiser.network_class.__name__, **denoiser.config()}
@@ -53,7 +56,10 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
         **details,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return folder
+    # Whole or not at all: a reader never finds half an artefact.
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    return final
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

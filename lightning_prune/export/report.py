@@ -125,6 +125,7 @@ def to_markdown(report: Mapping[str, Any], notes: Sequence[str]) -> str:
         "",
         *[f"* {note}" for note in notes],
         f"* protocol {protocol['name']}: {protocol['samples']} images, {protocol['sampler']}, "
+        f"{protocol['process']}, "
         f"{protocol['steps']} steps, guidance {protocol['guidance']:g}, {protocol['weights']} weights; "
         f"interval: {protocol['interval']}; hash {next(iter(report['protocols']))}",
     ]

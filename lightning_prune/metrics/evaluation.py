@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.metrics.fashion import EXTRACTOR_FOLDER, FashionClassifier, checksum, extract, load_classifier
+from lightning_prune.checksums import sha256
+from lightning_prune.diffusion.process import Process
+from lightning_prune.metrics.fashion import EXTRACTOR_FOLDER, FashionClassifier, extract, load_classifier
 from lightning_prune.metrics.frechet import Distance, Moments, distance
 from lightning_prune.metrics.protocol import Protocol
 from lightning_prune.pixels import to_uint8
@@ -40,11 +42,6 @@ class SamplingSettings:
     name: str = "quick-v1"
 
 
-QUICK = SamplingSettings()
-TABLE_STEPS_20 = SamplingSettings(samples=2000, steps=20, name="table-v1")
-TABLE_STEPS_50 = SamplingSettings(samples=2000, steps=50, name="table-v1")
-
-
 @dataclass(frozen=True)
 class Score:
     """What one evaluation gives: the distance, the share of samples classified as their label, and features."""
@@ -69,7 +66,7 @@ class FashionEvaluator:
     """Computes `fd_fashion` of samples against the held-out reference of a Fashion-MNIST data module."""
 
     def __init__(self, data: ReferenceData) -> None:
-        if data.name != "fashion":
+        if getattr(data, "name", None) != "fashion":
             raise InputError(f"data: fd_fashion compares with Fashion-MNIST, got {type(data).__name__}")
         self.data = data
         self.extractor: FashionClassifier = load_classifier()
@@ -87,28 +84,35 @@ class FashionEvaluator:
     def _features_of(self, images: Tensor) -> Tensor:
         return extract(self.extractor, images)[0]
 
+    def distance_of(self, images: Tensor) -> Distance:
+        """The distance of uint8 `images` [N, C, H, W] from the reference."""
+        return distance(self._features_of(images), self.reference)
+
     def floor(self) -> Distance:
         """The distance of the held-out real images from the reference: no model can be expected below it."""
-        return distance(self._features_of(self.data.split("held_out").images), self.reference)
+        return self.distance_of(self.data.split("held_out").images)
 
-    def protocol(self, settings: SamplingSettings, prediction: str, weights: str) -> Protocol:
-        """The protocol of a score drawn with `settings`."""
+    def protocol(self, settings: SamplingSettings, process: Process, weights: str) -> Protocol:
+        """The protocol of a score drawn with `settings` from networks trained on `process`."""
         return Protocol(
             name=settings.name,
             samples=settings.samples,
-            sampler=f"DDIM eta=0, trailing, {prediction}-prediction, x0 clipped",
+            sampler="DDIM eta=0, trailing",
+            process=process.describe(),
             steps=settings.steps,
             guidance=settings.guidance,
             sample_seed=settings.seed,
             extractor="fashion_classifier",
-            extractor_sha256=checksum(EXTRACTOR_FOLDER / "model.safetensors"),
+            extractor_sha256=sha256(EXTRACTOR_FOLDER / "model.safetensors"),
             reference="fashion reference split",
             reference_samples=self.reference.samples,
             weights=weights,
         )
 
-    def score(self, draw: Draw, settings: SamplingSettings, prediction: str = "v", weights: str = "ema") -> Score:
+    def score(self, draw: Draw, settings: SamplingSettings, process: Process, weights: str) -> Score:
         """Draw `settings.samples` images through `draw(ids, labels)` and score them.
+
+        `weights` says which weights drew them ("averaged" or "last"), for the protocol.
 
         Raises:
             InputError: images that are not finite.
@@ -126,11 +130,11 @@ class FashionEvaluator:
         return Score(
             distance(stacked, self.reference),
             hits / settings.samples,
-            self.protocol(settings, prediction, weights),
+            self.protocol(settings, process, weights),
             stacked,
         )
 
 
 def balanced_labels(samples: int, num_classes: int) -> Tensor:
     """Labels [samples] that cycle through the classes, so every prefix is as balanced as it can be."""
-    return torch.arange(samples) % num_classes
+    return torch.arange(samples) % max(1, num_classes)

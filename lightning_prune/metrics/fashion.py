@@ -6,7 +6,6 @@ in seconds.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_prune.checksums import sha256
 from lightning_prune.pixels import to_unit_range
 from lightning_prune.protocols import InputError
 
@@ -54,7 +54,7 @@ def save_classifier(network: FashionClassifier, folder: Path, test_accuracy: flo
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "model.safetensors"
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, file)
-    card = {"features": FEATURES, "test_accuracy": test_accuracy, "sha256": checksum(file)}
+    card = {"features": FEATURES, "test_accuracy": test_accuracy, "sha256": sha256(file)}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
@@ -64,7 +64,7 @@ def load_classifier(folder: Path = EXTRACTOR_FOLDER) -> FashionClassifier:
     network = FashionClassifier()
     try:
         card = json.loads((folder / "card.json").read_text())
-        if checksum(file) != card["sha256"]:
+        if sha256(file) != card["sha256"]:
             raise InputError(f"{file}: checksum differs from card.json; the extractor is damaged")
         network.load_state_dict(load_file(file))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -72,11 +72,6 @@ def load_classifier(folder: Path = EXTRACTOR_FOLDER) -> FashionClassifier:
             raise
         raise InputError(f"{folder}: missing or damaged feature extractor") from error
     return network.eval().requires_grad_(False)
-
-
-def checksum(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @torch.no_grad()

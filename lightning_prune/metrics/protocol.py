@@ -18,6 +18,7 @@ class Protocol:
     name: str
     samples: int
     sampler: str
+    process: str
     steps: int
     guidance: float
     sample_seed: int

@@ -8,8 +8,7 @@ and what is trained, averaged and saved is the dense shadow weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +104,8 @@ def select_units(
         InputError: a pattern that is no regular expression or matches nothing, a chosen layer that does not
             divide, or no layer left.
     """
-    _check_patterns([*(include or []), *exclude], units)
+    _check_patterns("layers", include or [], units)
+    _check_patterns("dense_layers", exclude, units)
     chosen = [unit for unit in units if (include is None or _matches(unit, include)) and not _matches(unit, exclude)]
     fit = [unit for unit in chosen if unit.group_size % m == 0]
     if include is not None and len(fit) < len(chosen):
@@ -120,14 +120,14 @@ def _matches(unit: PrunableUnit, patterns: Sequence[str]) -> bool:
     return any(re.fullmatch(pattern, unit.name) for pattern in patterns)
 
 
-def _check_patterns(patterns: Sequence[str], units: Sequence[PrunableUnit]) -> None:
+def _check_patterns(key: str, patterns: Sequence[str], units: Sequence[PrunableUnit]) -> None:
     for pattern in patterns:
         try:
             hit = any(re.fullmatch(pattern, unit.name) for unit in units)
         except re.error as error:
-            raise InputError(f"layers: {pattern!r} is no regular expression: {error}") from error
+            raise InputError(f"{key}: {pattern!r} is no regular expression: {error}") from error
         if not hit:
-            raise InputError(f"layers: pattern {pattern!r} matches no layer, the first of which is {units[0].name!r}")
+            raise InputError(f"{key}: pattern {pattern!r} matches no layer, the first of which is {units[0].name!r}")
 
 
 class MaskSet:
@@ -161,26 +161,18 @@ class MaskSet:
         for layer in self.layers.values():
             layer.refresh_mask()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Compute densely inside the block and return to the same patterns after it."""
-        before = {name: layer.sparsity for name, layer in self.layers.items()}
-        self.set_sparsity(None)
-        try:
-            yield
-        finally:
-            for name, layer in self.layers.items():
-                layer.set_sparsity(before[name])
-
     @torch.no_grad()
     def density_by_layer(self) -> dict[str, float]:
         """Fraction of non-zero effective weights by layer."""
         return {n: (layer.effective_weight() != 0).float().mean().item() for n, layer in self.layers.items()}
 
     @torch.no_grad()
-    def violations(self) -> int:
-        """Groups of the weights computed with whose number of kept entries is not n, or of which more are non-zero."""
-        return sum(_violations(layer) for layer in self.layers.values() if layer.sparsity is not None)
+    def violations(self, compare: bool = False) -> int:
+        """Groups of the weights computed with whose number of kept entries is not n, or of which more are non-zero.
+
+        With `compare`, groups whose mask is not that of the present weight count too: masks of other weights.
+        """
+        return sum(_violations(layer, compare) for layer in self.layers.values() if layer.sparsity is not None)
 
     @torch.no_grad()
     def add_decay(self, strength: float) -> None:
@@ -226,9 +218,13 @@ def _fitting(layer: MaskedLayer, sparsity: Sparsity | None) -> Sparsity | None:
     return None if sparsity is None or layer.weight.shape[1] % sparsity.m else sparsity
 
 
-def _violations(layer: MaskedLayer) -> int:
+def _violations(layer: MaskedLayer, compare: bool) -> int:
     sparsity, mask = layer.sparsity, layer.mask
     assert sparsity is not None and mask is not None
     kept = to_groups(mask, sparsity.m).sum(dim=-1)
     nonzero = (to_groups(layer.effective_weight(), sparsity.m) != 0).sum(dim=-1)
-    return int(((kept != sparsity.n) | (nonzero > sparsity.n)).sum())
+    broken = (kept != sparsity.n) | (nonzero > sparsity.n)
+    if compare:
+        derived = nm_mask(layer.weight, sparsity).to(mask.dtype)
+        broken |= (to_groups(derived, sparsity.m) != to_groups(mask, sparsity.m)).any(dim=-1)
+    return int(broken.sum())

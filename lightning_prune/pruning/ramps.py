@@ -16,18 +16,18 @@ def staged(step: int, total: int, chain: Sequence[Sparsity], reached_at: float) 
     A chain of one holds from the first step.
     """
     before_last = len(chain) - 1
-    start_of_last = round(total * reached_at)
+    start_of_last = int(total * reached_at)
     if before_last == 0 or step >= start_of_last:
         return chain[-1]
     return chain[step * before_last // start_of_last]
 
 
 def check_chain(chain: Sequence[Sparsity], reached_at: float) -> None:
-    """Raise `InputError` for an empty chain, a density that rises along it, or a fraction outside [0, 1]."""
+    """Raise `InputError` for an empty chain, a density that rises along it, or a fraction outside [0, 1)."""
     if not chain:
         raise InputError("chain: give at least one pattern")
     for earlier, later in pairwise(chain):
         if later.density > earlier.density:
             raise InputError(f"chain: {later} after {earlier} is denser; a ramp only removes")
-    if not 0 <= reached_at <= 1:
-        raise InputError(f"reached_at: {reached_at} is not in [0, 1]")
+    if not 0 <= reached_at < 1:
+        raise InputError(f"reached_at: {reached_at} is not in [0, 1), so the last pattern would never hold")

@@ -41,6 +41,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], root: Path
         (["--trainer.no_such_flag=1"], "no_such_flag"),
         (["--trainer.max_steps=many"], "max_steps"),
         (["--ckpt_path=/no/such.ckpt"], "/no/such.ckpt"),
+        (["--ckpt_path=last"], "last"),
+        (["--trainer.default_root_dir=x"], "run.root"),
+        (["--model.init_args.seed=-1"], "-1"),
+        (["--trainer.accelerator=gpu"], "gpu"),
         (["--data.init_args.batch_size=0"], "batch_size"),
         (["--config=/no/such.yaml"], "/no/such.yaml"),
     ],
@@ -77,13 +81,17 @@ def test_damaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert str(file) in line
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_data_asset(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asset = tmp_path / "images.npz"
     if damage == "cut":
         asset.write_bytes(fashion.EMBEDDED_FILE.read_bytes()[:100_000])
+    if damage == "flipped":
+        content = bytearray(fashion.EMBEDDED_FILE.read_bytes())
+        content[2_000_000] ^= 0xFF
+        asset.write_bytes(content)
     monkeypatch.setattr(fashion, "EMBEDDED_FILE", asset)
     assert str(asset) in refused([], capsys, tmp_path)
 

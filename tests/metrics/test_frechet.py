@@ -87,6 +87,22 @@ def test_the_interval_covers_the_limit() -> None:
     assert covered >= 88
 
 
+def test_in_96_dimensions_it_covers_the_expectation_at_that_count() -> None:
+    """The plug-in distance is biased by D/n; the interval speaks of its expectation at n, which replicates give."""
+    spectrum = torch.exp(-torch.arange(96, dtype=torch.float64) / 20)
+
+    def draw(seed: int, count: int) -> Tensor:
+        return torch.randn(count, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * spectrum
+
+    reference = Moments.of(draw(1, 8000))
+    found = [distance(1.1 * draw(100 + seed, 1000) + 0.05, reference) for seed in range(40)]
+    expected = sum(d.value for d in found) / len(found)
+    assert sum(d.low <= expected <= d.high for d in found) >= 35
+    widths = sum(d.standard_error for d in found) / len(found)
+    spread = float(torch.tensor([d.value for d in found]).std())
+    assert widths == pytest.approx(spread, rel=0.35)
+
+
 def test_pairing_narrows_the_interval() -> None:
     noise, reference = features(500, seed=3), Moments.of(features(4000, seed=5))
     a, b = distance(noise + 0.30, reference), distance(noise + 0.31, reference)

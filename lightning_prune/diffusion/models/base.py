@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_prune.checksums import sha256
 from lightning_prune.protocols import InputError, PrunableUnit
 
 EMBEDDED = "embedded:"
@@ -120,8 +121,19 @@ def _from_folder(cls: type[ModelMixin], folder: Path, config: Mapping[str, Any])
         if key in stored and stored[key] != value:
             raise InputError(f"denoiser.config.{key}: {value} asked for, {stored[key]} in {folder / 'config.json'}")
     network = _from_config(cls, {**stored, **config})
+    _check_manifest(folder)
     load_weights(network, folder / _WEIGHT_FILE)
     return network
+
+
+def _check_manifest(folder: Path) -> None:
+    """Compare the weights with their checksum where the folder is an artefact of ours."""
+    manifest, weights = folder / "pruning.json", folder / _WEIGHT_FILE
+    if not manifest.exists():
+        return
+    expected = json.loads(manifest.read_text()).get("files", {}).get(_WEIGHT_FILE)
+    if not weights.exists() or sha256(weights) != expected:
+        raise InputError(f"{weights}: missing, or its checksum differs from pruning.json")
 
 
 def read_config(file: Path, cls: type[ModelMixin]) -> dict[str, Any]:
@@ -135,17 +147,24 @@ def read_config(file: Path, cls: type[ModelMixin]) -> dict[str, Any]:
     return {k: v for k, v in content.items() if not k.startswith("_")}
 
 
+def first_difference(
+    own: Mapping[str, Tensor], other: Mapping[str, Tensor], own_name: str, other_name: str
+) -> str | None:
+    """What keeps `other` from being loaded into `own`, in words; None if every tensor has its counterpart."""
+    for name in [*own, *other]:
+        if name not in own or name not in other:
+            return f"tensor {name} has no counterpart in the {own_name if name not in own else other_name}"
+        if own[name].shape != other[name].shape:
+            return f"{name} has shape {list(other[name].shape)}, expected {list(own[name].shape)}"
+    return None
+
+
 def load_weights(network: nn.Module, file: Path) -> None:
     """Load a safetensors file strictly into `network`, naming the first tensor that does not fit."""
     try:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: missing or damaged weight file") from error
-    own = network.state_dict()
-    for name in [*own, *state]:
-        if name not in own or name not in state:
-            side = "network" if name not in own else "file"
-            raise InputError(f"{file}: tensor {name} has no counterpart in the {side}")
-        if own[name].shape != state[name].shape:
-            raise InputError(f"{file}: {name} has shape {list(state[name].shape)}, expected {list(own[name].shape)}")
+    if difference := first_difference(network.state_dict(), state, "network", "file"):
+        raise InputError(f"{file}: {difference}")
     network.load_state_dict(state)

@@ -23,7 +23,7 @@ class Dense(PruningModule):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x_t, t, cond, target = self.diffuse(batch, generator)
-        return mse_loss(self.predict(x_t, t, cond), target), {}
+        return mse_loss(self.denoise(x_t, t, cond), target), {}
 
     def variants(self) -> dict[str, Denoiser]:
         """The network it started from, if there was one, and the one it trained."""

@@ -38,7 +38,7 @@ class SparseDM(PruningModule):
         warmup_steps: steps of linear warm-up.
         ema_decay: decay of the moving average of the dense shadow weights; null for none.
         label_dropout: probability that a label is replaced by "no class".
-        seed: seed of timesteps, noise and label dropout.
+        seed: seed of timesteps, noise and label dropout; null takes that of `seed_everything`.
         compile: run the training forward through torch.compile.
     """
 
@@ -57,7 +57,7 @@ class SparseDM(PruningModule):
         warmup_steps: int = 0,
         ema_decay: float | None = 0.999,
         label_dropout: float = 0.0,
-        seed: int = 0,
+        seed: int | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__(
@@ -83,14 +83,23 @@ class SparseDM(PruningModule):
         if self.distill_weight > 0:
             with torch.no_grad():
                 teacher = self._dense.on(self.device)(x_t, t, cond)
-        student = self.predict(x_t, t, cond)
+        student = self.denoise(x_t, t, cond)
         return sparsedm_loss(student, target, teacher, self.noise_weight, self.distill_weight)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Lightning calls this after unscaling and before clipping, so the term has the same strength under any
-        # loss scale and is added once per optimizer step under gradient accumulation.
+        # loss scale and is added once per optimizer step under gradient accumulation. An optimizer that unscales
+        # inside its own step is refused at the start.
         if self.decay > 0:
             self.masks.add_decay(self.decay)
+
+    def on_fit_start(self) -> None:
+        fused = any(group.get("fused") for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
+        if self.decay > 0 and fused and self.trainer.precision == "16-mixed":
+            raise InputError(
+                "model.optimizer: with fused: true and trainer.precision 16-mixed the optimizer unscales inside its "
+                "step and divides the decay away; use bf16-mixed, fused: false or decay: 0"
+            )
 
     def weights_changed(self) -> None:
         self.masks.refresh()
@@ -104,8 +113,8 @@ class SparseDM(PruningModule):
     def density_by_layer(self) -> Mapping[str, float]:
         return self.masks.density_by_layer()
 
-    def mask_violations(self) -> int:
-        return self.masks.violations()
+    def mask_violations(self, compare: bool = False) -> int:
+        return self.masks.violations(compare)
 
     # Results
 

@@ -1,0 +1,37 @@
+"""What people take away from a run: the artefact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_prune.callbacks.capability import require
+from lightning_prune.export.artifact import save_artifact
+from lightning_prune.protocols import VariantSource
+
+
+class ArtifactWriter(Callback):
+    """Write `artifact/` from the final weights; the results of a report of this run go into its manifest."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        require(pl_module, VariantSource, self)
+
+    def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the artefact; called with the averaged weights in place, after reports."""
+        if not trainer.is_global_zero:
+            return
+        source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
+        result = list(source.variants().values())[-1]
+        details = {"sampler": source.process.scheduler_config, **_results(folder / "report.json")}
+        save_artifact(result, folder / "artifact", type(pl_module).__name__.lower(), details)
+
+
+def _results(report: Path) -> dict[str, Any]:
+    if not report.exists():
+        return {"protocol": {}, "results": {}}
+    content = json.loads(report.read_text())
+    return {"protocol": content["protocols"], "results": content["rows"][-1]}

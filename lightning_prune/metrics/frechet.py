@@ -5,10 +5,10 @@
 All moments are float64. The distance of n samples is biased upwards by a term of order D/n, so values of different
 counts do not compare; the interval is one of the expected distance at that count.
 
-It is the infinitesimal jackknife's (Jaeckel 1972; Efron 1982): FD is a smooth
-function of the sample's mean and covariance, so each sample has a first-order influence on it, and the influences'
-standard deviation over sqrt(n) is the standard error that a bootstrap estimates by resampling. It is deterministic
-and, between two models sampled with equal seeds, paired for free: subtract influences sample by sample.
+The interval is the infinitesimal jackknife's (Jaeckel 1972; Efron 1982): FD is a smooth function of the sample's mean
+and covariance, so each sample has a first-order influence on it, and the influences' standard deviation over sqrt(n)
+is the standard error that a bootstrap estimates by resampling. It is deterministic and, between two models sampled
+with equal seeds, paired for free: subtract influences sample by sample.
 """
 
 from __future__ import annotations

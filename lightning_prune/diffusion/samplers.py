@@ -80,7 +80,8 @@ def ddim_sample(
         if on_step is not None:
             on_step(index)
         output = predict(x, torch.full((len(x),), t, device=x.device, dtype=torch.long), cond)
-        x = scheduler.step(output, t, x, eta=0.0).prev_sample
+        # A clipped x_0 needs the noise that belongs to it; the two would drift apart, badly so under guidance.
+        x = scheduler.step(output, t, x, eta=0.0, use_clipped_model_output=process.clip_sample).prev_sample
     return x
 
 

@@ -1,0 +1,84 @@
+"""DDIM: what a step does, and that it agrees with diffusers' own."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import ddim_sample, ddim_scheduler, guided, initial_noise
+from lightning_prune.protocols import InputError
+
+STEPS = 5
+
+
+def run(process: Process, value: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Sample with a network that always predicts x_0 = `value`; the result and every x_t the network saw."""
+    seen: list[torch.Tensor] = []
+
+    def predict(x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        signal, sigma = process.coefficients(t, x)
+        x0 = torch.full_like(x, value)
+        return process.target(x0, (x - signal * x0) / sigma, t)
+
+    noise = initial_noise(torch.arange(3), (1, 4, 4))
+    return ddim_sample(predict, process, noise, torch.zeros(3, dtype=torch.long), STEPS), seen
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_a_prediction_outside_the_range_ends_at_its_edge(prediction: str) -> None:
+    process = Process(schedule="cosine", prediction=prediction)  # type: ignore[arg-type]
+    result, _ = run(process, 3.0)
+    torch.testing.assert_close(result, torch.ones_like(result))
+
+
+def test_the_noise_of_a_clipped_step_belongs_to_the_clipped_image() -> None:
+    # With x_0 at the edge, what is left of x_t is noise; one and the same at every step from then on.
+    process = Process(schedule="cosine", prediction="v", clip_sample=True)
+    _, seen = run(process, 3.0)
+    timesteps = ddim_scheduler(process, STEPS).timesteps
+    noises = []
+    for x, t in zip(seen[1:], timesteps[1:], strict=True):
+        signal, sigma = process.coefficients(t.repeat(len(x)), x)
+        noises.append((x - signal) / sigma)
+    for later in noises[1:]:
+        torch.testing.assert_close(later, noises[0], rtol=1e-4, atol=1e-4)
+
+
+def test_without_clipping_a_step_is_that_of_diffusers() -> None:
+    process = Process(schedule="linear", prediction="epsilon", clip_sample=False)
+    noise = initial_noise(torch.arange(2), (1, 4, 4))
+    reference = DDIMScheduler(
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    reference.set_timesteps(STEPS)
+    x = noise
+    for t in reference.timesteps:
+        x = reference.step(torch.tanh(x), t, x).prev_sample
+    ours = ddim_sample(lambda x, t, cond: torch.tanh(x), process, noise, torch.zeros(2, dtype=torch.long), STEPS)
+    torch.testing.assert_close(ours, x, rtol=0, atol=0)
+
+
+def test_guidance_extrapolates_from_the_prediction_without_a_class() -> None:
+    def predict(x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        return cond.float().view(-1, 1).expand_as(x)
+
+    x, t, cond = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), torch.tensor([1, 4])
+    output = guided(predict, lambda c: torch.full_like(c, 10), 2.0)(x, t, cond)
+    assert output[:, 0].tolist() == [2 * 1 - 10, 2 * 4 - 10]
+
+
+def test_noise_depends_on_the_id_alone() -> None:
+    together = initial_noise(torch.arange(4), (1, 4, 4))
+    apart = initial_noise(torch.tensor([3, 1]), (1, 4, 4))
+    assert torch.equal(together[[3, 1]], apart)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_more_steps_than_the_process_has_are_refused() -> None:
+    with pytest.raises(InputError, match="1001 sampling steps"):
+        ddim_scheduler(Process(), 1001)

@@ -7,6 +7,7 @@ The coefficients come from diffusers' `DDPMScheduler`, so a schedule means here 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,8 +19,12 @@ from lightning_prune.protocols import InputError
 Schedule = Literal["linear", "scaled_linear", "cosine"]
 Prediction = Literal["epsilon", "v", "x0"]
 
-_DIFFUSERS_SCHEDULE = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-_DIFFUSERS_PREDICTION = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+_DIFFUSERS_SCHEDULE: dict[Schedule, str] = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+}
+_DIFFUSERS_PREDICTION: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 class Process:
@@ -58,6 +63,27 @@ class Process:
             "clip_sample": clip_sample,
         }
         self.alphas_cumprod: Tensor = DDPMScheduler(**self.scheduler_config).alphas_cumprod
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any]) -> Process:
+        """The process whose `scheduler_config` is `config`, as artefacts record it.
+
+        Raises:
+            InputError: a schedule, a prediction or a key that is not there or that no process has.
+        """
+        schedules = {theirs: ours for ours, theirs in _DIFFUSERS_SCHEDULE.items()}
+        predictions = {theirs: ours for ours, theirs in _DIFFUSERS_PREDICTION.items()}
+        try:
+            return cls(
+                schedules[config["beta_schedule"]],
+                predictions[config["prediction_type"]],
+                config["num_train_timesteps"],
+                config["beta_start"],
+                config["beta_end"],
+                config["clip_sample"],
+            )
+        except KeyError as error:
+            raise InputError(f"sampler: {error} is missing or describes no process known here") from error
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return (sqrt(abar_t), sqrt(1 - abar_t)) for `t` [B], shaped to broadcast against `like` [B, ...]."""

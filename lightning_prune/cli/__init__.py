@@ -17,6 +17,7 @@ Make pretrained diffusion models cheaper to sample.
   test       evaluate a config and checkpoint on held-out data
   predict    draw images for held-out labels
   export     turn a checkpoint into an artifact
+  bench      time an artifact against the dense network, in one interleaved measurement
 
   lightning_prune fit --config configs/quickstart.yaml
   lightning_prune fit --config x.yaml --print_config      the complete, reusable config
@@ -49,6 +50,10 @@ def _dispatch(args: Sequence[str]) -> int:
         from lightning_prune.cli import export
 
         return export.run(args[1:])
+    if args[0] == "bench":
+        from lightning_prune.cli import bench
+
+        return bench.run(args[1:])
     from lightning_prune.cli import trainer_cli
 
     return trainer_cli.run(args)

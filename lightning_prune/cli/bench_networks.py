@@ -1,0 +1,169 @@
+"""The two networks that `bench` compares, and what it has them do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import Predict, ddim_sample, ddim_scheduler, guided, initial_noise
+from lightning_prune.export import load
+from lightning_prune.export.artifact import MANIFEST, read_manifest
+from lightning_prune.metrics.evaluation import balanced_labels
+from lightning_prune.metrics.macs import count_denoiser, macs_per_image
+from lightning_prune.protocols import InputError, Sparsity
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is timed: one network call, or with `steps` a whole DDIM trajectory.
+
+    Raises:
+        InputError: a number of steps the process does not have.
+    """
+
+    process: Process
+    steps: int | None = None
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            ddim_scheduler(self.process, self.steps)
+
+    @property
+    def scale(self) -> float:
+        """Guidance scale; 1 is none."""
+        return 1.0 if self.guidance is None else self.guidance
+
+    def describe(self) -> dict[str, Any]:
+        """What is timed, for the result."""
+        if self.steps is None:
+            return {"name": "one network call"}
+        return {"name": "trajectory", "sampler": "DDIM eta=0, trailing", "steps": self.steps, "guidance": self.scale}
+
+    def arm(self, denoiser: Denoiser, mode: str, batch: int) -> Callable[[], Tensor]:
+        """A function that does it once for `batch` images on the denoiser's device, in its type."""
+        weight = next(denoiser.parameters())
+        # Shapes are fixed, so the compiler may rely on them; it compiles in the first call.
+        predict: Predict = torch.compile(denoiser, dynamic=False) if mode == "compiled" else denoiser
+        noise = initial_noise(torch.arange(batch), denoiser.sample_shape).to(weight.device)
+        labels = balanced_labels(batch, denoiser.num_classes).to(weight.device)
+        if self.steps is None:
+            return _call(predict, noise.to(weight.dtype), labels)
+        return self._trajectory(predict, denoiser, noise, labels)
+
+    def _trajectory(self, predict: Predict, denoiser: Denoiser, noise: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+        assert self.steps is not None
+        steps, dtype = self.steps, next(denoiser.parameters()).dtype
+
+        # The image stays in float32 between steps, as rounding it every time costs quality; networks see their type.
+        def in_type(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+            return predict(x.to(dtype), t, cond).to(x.dtype)
+
+        both = guided(in_type, denoiser.null_condition, self.scale)
+        return lambda: ddim_sample(both, self.process, noise, labels, steps)
+
+
+def _call(predict: Predict, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    t = torch.full((len(x),), 500, device=x.device)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return predict(x, t, labels)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense network and the artifact made from it.
+
+    Attributes:
+        against: where the dense one comes from.
+        folder: the artifact's.
+        manifest: the artifact's.
+    """
+
+    dense: Denoiser
+    pruned: Denoiser
+    against: str
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    def networks(self) -> dict[str, Denoiser]:
+        """Both by name."""
+        return {"dense": self.dense, "pruned": self.pruned}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.pruned.parameters()).device
+
+    @property
+    def masks(self) -> dict[str, Sparsity]:
+        """Patterns of the layers under a mask, by name."""
+        return {name: Sparsity.parse(text) for name, text in self.manifest.get("masks", {}).items()}
+
+    def process(self) -> Process:
+        """The process the artifact samples; a default one, which takes as long, where it records none."""
+        sampler = self.manifest.get("sampler")
+        return Process.from_scheduler(sampler) if sampler else Process()
+
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Pair:
+        """Copies of both on a device and in a type."""
+        dense, pruned = (deepcopy(network).to(device, dtype) for network in (self.dense, self.pruned))
+        return replace(self, dense=dense, pruned=pruned)
+
+    def bytes(self, name: str) -> int:
+        """Memory that parameters and buffers of one network take."""
+        network = self.networks()[name]
+        return sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+
+    def describe(self) -> dict[str, Any]:
+        """Both networks, for the result."""
+        patterns = Counter(str(sparsity) for sparsity in self.masks.values())
+        artifact = {"folder": str(self.folder), "method": self.manifest.get("method", []), "masked": dict(patterns)}
+        return {"dense": self.against, "pruned": artifact}
+
+    def macs(self, task: Task) -> dict[str, Any]:
+        """MACs an image of both; those of masked layers count n/m, whether or not a kernel saves the rest."""
+        dense = macs_per_image(count_denoiser(self.dense).macs(), task.steps or 1, task.scale)
+        pruned = macs_per_image(count_denoiser(self.pruned).kept(self.masks), task.steps or 1, task.scale)
+        return {
+            "convention": "aten",
+            "dense_per_image": dense,
+            "pruned_per_image": float(pruned),
+            "ratio": float(pruned / dense),
+            # An artifact holds masked layers as dense ones with zeros, and these run as such.
+            "theoretical": bool(self.masks),
+        }
+
+
+def load_pair(folder: Path, against: str | None, subfolder: str | None) -> Pair:
+    """Load an artifact and the dense network to compare it with, of one family.
+
+    Raises:
+        InputError: either cannot be loaded, no dense network is known, or it makes other images.
+    """
+    pruned, manifest = load(folder), read_manifest(folder)
+    source = against or manifest["base"].get("weights")
+    if source is None:
+        raise InputError(f"{folder / MANIFEST}: records no base; name the dense network with --against")
+    try:
+        dense = type(pruned)(weights=source, subfolder=subfolder).eval()
+    except InputError as error:
+        hint = "" if against else f" (the base in {folder / MANIFEST}; --against names another)"
+        raise InputError(f"--against: {error}{hint}") from error
+    for what in ("sample_shape", "num_classes"):
+        if getattr(dense, what) != getattr(pruned, what):
+            raise InputError(f"--against: {source}: {what} {getattr(dense, what)}, of {folder} {getattr(pruned, what)}")
+    return Pair(dense, pruned, source, folder, manifest)

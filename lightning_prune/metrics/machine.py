@@ -1,0 +1,53 @@
+"""What a measurement of seconds ran on; without it the seconds say nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_prune import __version__
+
+_CPU_FILE = Path("/proc/cpuinfo")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The processor, the cores and threads used, and the GPU if `device` is one.
+
+    `load_average` is that of the last minute: what else was running, if it is asked for before any work.
+    """
+    return {
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def cpu_name() -> str:
+    """The model of the processor, as the system names it."""
+    lines = _CPU_FILE.read_text().splitlines() if _CPU_FILE.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide how fast a network runs."""
+    libraries = {name: metadata.version(name) for name in ("torch", "diffusers")}
+    return {"lightning_prune": __version__, "python": platform.python_version()} | libraries

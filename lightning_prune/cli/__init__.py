@@ -18,6 +18,7 @@ Make pretrained diffusion models cheaper to sample.
   predict    draw images for held-out labels
   export     turn a checkpoint into an artifact
   bench      time an artifact against the dense network, in one interleaved measurement
+  prefetch   put weights that evaluation needs into the cache: prefetch inception [--from PATH]
 
   lightning_prune fit --config configs/quickstart.yaml
   lightning_prune fit --config x.yaml --print_config      the complete, reusable config
@@ -54,6 +55,10 @@ def _dispatch(args: Sequence[str]) -> int:
         from lightning_prune.cli import bench
 
         return bench.run(args[1:])
+    if args[0] == "prefetch":
+        from lightning_prune.cli import prefetch
+
+        return prefetch.run(args[1:])
     from lightning_prune.cli import trainer_cli
 
     return trainer_cli.run(args)

@@ -8,12 +8,13 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks.capability import require
 from lightning_prune.callbacks.progress import sampling_progress
-from lightning_prune.metrics.evaluation import FashionEvaluator, SamplingSettings
+from lightning_prune.metrics.evaluation import DEFAULT_EXTRACTOR, Evaluator, Further, SamplingSettings
+from lightning_prune.metrics.frechet import Distance
 from lightning_prune.protocols import CostModel, ImageSampler, VariantSource
 
 
 class DistanceEvaluation(Callback):
-    """Log `fd_fashion` with its interval, and the MACs kept, at the end of every n-th validation pass.
+    """Log the Frechet distance with its interval, and the MACs kept, at the end of every n-th validation pass.
 
     The averaged weights are in place then. Samples come from their own seeds, so training is not disturbed.
 
@@ -23,6 +24,11 @@ class DistanceEvaluation(Callback):
         guidance: guidance scale; 1 is none.
         every_n_validations: validation passes between evaluations.
         batch_size: samples drawn at once.
+        extractor: network whose features are compared; see `lightning_prune.metrics.extractors`.
+        extractor_weights: file of its weights, where it does not ship with the package.
+        reference_samples: how many images of the reference split; null for all.
+        further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
+            "precision_recall"; see `docs/metrics.md`.
     """
 
     def __init__(
@@ -32,18 +38,30 @@ class DistanceEvaluation(Callback):
         guidance: float = 1.0,
         every_n_validations: int = 1,
         batch_size: int = 100,
+        extractor: str = DEFAULT_EXTRACTOR,
+        extractor_weights: str | None = None,
+        reference_samples: int | None = None,
+        further: list[Further] | None = None,
     ) -> None:
         super().__init__()
         self.settings = SamplingSettings(
             samples=samples, steps=steps, guidance=guidance, batch_size=batch_size, name="during-training"
         )
         self.every_n_validations = every_n_validations
+        self.extractor, self.extractor_weights = extractor, extractor_weights
+        self.reference_samples, self.further = reference_samples, further or []
         self._passes = 0
-        self._evaluator: FashionEvaluator | None = None
+        self._evaluator: Evaluator | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, ImageSampler, self)
-        self._evaluator = FashionEvaluator(trainer.datamodule)  # type: ignore[attr-defined]
+        self._evaluator = Evaluator(
+            trainer.datamodule,  # type: ignore[attr-defined]
+            self.extractor,
+            self.extractor_weights,
+            self.reference_samples,
+            self.further,
+        )
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -72,7 +90,12 @@ class DistanceEvaluation(Callback):
                 advance(len(ids))
                 return images
 
-            score = self._evaluator.score(draw, settings, source.process, source.weights_kind)
-        values = {"fd_fashion_low": score.fd.low, "fd_fashion_high": score.fd.high, "sample_accuracy": score.accuracy}
-        pl_module.log("fd_fashion", score.fd.value, prog_bar=True, rank_zero_only=True)
+            draws = {"result": draw}
+            score = self._evaluator.to(pl_module.device).score(draws, settings, source.process, source.weights_kind)["result"]
+        name = score.metric
+        values = {f"{name}_low": score.fd.low, f"{name}_high": score.fd.high}
+        values |= {key: found.value if isinstance(found, Distance) else found for key, found in score.further.items()}
+        if score.accuracy is not None:
+            values["sample_accuracy"] = score.accuracy
+        pl_module.log(name, score.fd.value, prog_bar=True, rank_zero_only=True)
         pl_module.log_dict(values, rank_zero_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,21 @@ from lightning_prune.export.report import (
     Cost,
     build_report,
     cost,
+    headings,
+    metric_of,
     row,
     seconds_per_image,
     table_cells,
     write_report,
 )
-from lightning_prune.metrics.evaluation import FashionEvaluator, SamplingSettings, Score
+from lightning_prune.metrics.evaluation import DEFAULT_EXTRACTOR, Evaluator, Further, SamplingSettings, Score
 from lightning_prune.protocols import SparsityControl, VariantSource
 
 
 class EfficiencyReport(Callback):
     """Score every network the method reports, under one protocol and equal seeds; write the report.
+
+    `fit` leaves `report.json` and `report.md` in the run folder, `test` leaves `report-test.json` and its like.
 
     Args:
         samples: samples a network.
@@ -42,6 +47,12 @@ class EfficiencyReport(Callback):
         protocol: name of the protocol.
         timed_images: images drawn at once when seconds are measured.
         timed_repeats: turns of the interleaved measurement.
+        batch_size: samples drawn at once, by one process.
+        extractor: network whose features are compared; see `lightning_prune.metrics.extractors`.
+        extractor_weights: file of its weights, where it does not ship with the package.
+        reference_samples: how many images of the reference split; null for all.
+        further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
+            "precision_recall"; see `docs/metrics.md`.
     """
 
     def __init__(
@@ -52,48 +63,77 @@ class EfficiencyReport(Callback):
         protocol: str = "quick-v1",
         timed_images: int = 64,
         timed_repeats: int = 3,
+        batch_size: int = 100,
+        extractor: str = DEFAULT_EXTRACTOR,
+        extractor_weights: str | None = None,
+        reference_samples: int | None = None,
+        further: list[Further] | None = None,
     ) -> None:
         super().__init__()
-        self.settings = SamplingSettings(samples=samples, steps=steps, guidance=guidance, name=protocol)
+        self.settings = SamplingSettings(samples, steps, guidance, batch_size=batch_size, name=protocol)
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
-        self._evaluator: FashionEvaluator | None = None
+        self.extractor, self.extractor_weights = extractor, extractor_weights
+        self.reference_samples, self.further = reference_samples, further or []
+        self.scores: dict[str, Score] = {}
+        self._evaluator: Evaluator | None = None
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """What scores; there is one once the trainer has set the callback up."""
+        assert self._evaluator is not None
+        return self._evaluator
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, VariantSource, self)
-        self._evaluator = FashionEvaluator(trainer.datamodule)  # type: ignore[attr-defined]
+        self._evaluator = Evaluator(
+            trainer.datamodule,  # type: ignore[attr-defined]
+            self.extractor,
+            self.extractor_weights,
+            self.reference_samples,
+            self.further,
+        )
 
     def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report; called with the final, averaged weights in place."""
-        if not trainer.is_global_zero:
-            return
-        source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
+        self._report(trainer, pl_module, "report")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._report(trainer, pl_module, "report-test")
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
+        source = require(pl_module, VariantSource, self)
         variants = source.variants()
+        self.evaluator.to(pl_module.device)
         with torch.random.fork_rng(devices=[]):
-            scores = self._scores(trainer, source, variants)
-            seconds = seconds_per_image(variants, source.process, self.settings, self.timed_images, self.timed_repeats)
-        costs = {name: cost(denoiser, self.settings) for name, denoiser in variants.items()}
-        rows = [row(name, scores[name], costs[name], seconds[name]) for name in variants]
-        assert self._evaluator is not None
-        method = type(pl_module).__name__.lower()
-        report = build_report(method, _config(trainer), rows, list(scores.values()), self._evaluator.floor())
-        notes = _notes(report, costs)
-        write_report(report, notes, folder)
-        _print(report, notes, folder)
-        _log_tables(trainer, pl_module, report)
+            self.scores = self._scored(trainer, source, variants)
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module, variants, name)
 
-    def _scores(self, trainer: pl.Trainer, source: VariantSource, variants: Mapping[str, Denoiser]) -> dict[str, Score]:
-        assert self._evaluator is not None
-        settings, scores = self.settings, {}
+    def _scored(self, trainer: pl.Trainer, source: VariantSource, variants: Mapping[str, Denoiser]) -> dict[str, Score]:
+        settings, world = self.settings, trainer.world_size
         with sampling_progress(trainer, "evaluating", settings.samples * len(variants)) as advance:
-            for name, denoiser in variants.items():
 
-                def draw(ids: torch.Tensor, labels: torch.Tensor, network: Denoiser = denoiser) -> torch.Tensor:
-                    images = sample_images(network, source.process, ids, labels, settings.steps, settings.guidance)
-                    advance(len(ids))
-                    return images
+            def draw(network: Denoiser, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+                images = sample_images(network, source.process, ids, labels, settings.steps, settings.guidance)
+                advance(len(ids) * world)
+                return images
 
-                scores[name] = self._evaluator.score(draw, settings, source.process, source.weights_kind)
-        return scores
+            draws = {name: partial(draw, network) for name, network in variants.items()}
+            return self.evaluator.score(draws, settings, source.process, source.weights_kind)
+
+    def _write(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, variants: Mapping[str, Denoiser], name: str
+    ) -> None:
+        process, folder = require(pl_module, VariantSource, self).process, Path(trainer.default_root_dir)
+        seconds = seconds_per_image(variants, process, self.settings, self.timed_images, self.timed_repeats)
+        costs = {variant: cost(denoiser, self.settings) for variant, denoiser in variants.items()}
+        rows = [row(variant, self.scores[variant], costs[variant], seconds[variant]) for variant in variants]
+        method = type(pl_module).__name__.lower()
+        report = build_report(method, _config(trainer), rows, self.scores, self.evaluator.floor())
+        notes = _notes(report, costs)
+        write_report(report, notes, folder, name)
+        _print(report, notes, folder, name)
+        _log_tables(trainer, pl_module, report)
 
 
 def _config(trainer: pl.Trainer) -> dict[str, Any]:
@@ -120,9 +160,9 @@ def _notes(report: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
     return notes
 
 
-def _print(report: Mapping[str, Any], notes: list[str], folder: Path) -> None:
+def _print(report: Mapping[str, Any], notes: list[str], folder: Path, name: str) -> None:
     table = Table(title=f"{folder}: what was gained, what was lost")
-    for heading in ("network", "fd_fashion (95 %)", "MACs an image", "kept", "non-zero parameters", "s an image"):
+    for heading in headings(report):
         table.add_column(heading)
     for cells in table_cells(report):
         table.add_row(*cells)
@@ -130,28 +170,21 @@ def _print(report: Mapping[str, Any], notes: list[str], folder: Path) -> None:
     console.print(table)
     for note in notes:
         console.print(f"  {note}", highlight=False)
-    console.print(f"  report {folder / 'report.md'}   artifact {folder / 'artifact'}", highlight=False)
+    console.print(f"  report {folder / name}.md   artifact {folder / 'artifact'}", highlight=False)
 
 
 def _log_tables(trainer: pl.Trainer, pl_module: pl.LightningModule, report: Mapping[str, Any]) -> None:
     for logger in trainer.loggers:
         if not isinstance(logger, WandbLogger):
             continue
-        columns = ["network", "fd_fashion", "low", "high", "macs_per_image", "macs_kept", "seconds_per_image"]
-        logger.log_table("report", columns=columns, data=[_flat(r) for r in report["rows"]])
+        metric = metric_of(report)
+        columns = ["network", metric, "low", "high", "macs_per_image", "macs_kept", "seconds_per_image"]
+        logger.log_table("report", columns=columns, data=[_flat(r, metric) for r in report["rows"]])
         if isinstance(pl_module, SparsityControl):
             density = [[name, value] for name, value in pl_module.density_by_layer().items()]
             logger.log_table("density", columns=["layer", "density"], data=density)
 
 
-def _flat(r: Mapping[str, Any]) -> list[Any]:
-    fd = r["fd_fashion"]
-    return [
-        r["name"],
-        fd["value"],
-        fd["low"],
-        fd["high"],
-        r["macs_per_image"],
-        r["macs_kept"],
-        r["seconds_per_image"],
-    ]
+def _flat(r: Mapping[str, Any], metric: str) -> list[Any]:
+    distance = [r[metric][key] for key in ("value", "low", "high")]
+    return [r["name"], *distance, r["macs_per_image"], r["macs_kept"], r["seconds_per_image"]]

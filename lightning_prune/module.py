@@ -209,10 +209,14 @@ class PruningModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         # Lightning calls the module after every callback, so weight averaging has copied its weights by now.
+        self.write_results(self.trainer)
+
+    def write_results(self, trainer: pl.Trainer) -> None:
+        """Let callbacks work on the final weights, which are in place."""
         self.weights_changed()
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ResultHook):
-                callback.on_result(self.trainer, self)
+                callback.on_result(trainer, self)
 
     def on_validation_epoch_start(self) -> None:
         self.weights_changed()

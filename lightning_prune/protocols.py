@@ -17,6 +17,10 @@ class InputError(ValueError):
     """Input a user can correct: one line naming the key or the file. The command line ends with status 2."""
 
 
+class GateNotMet(Exception):
+    """A condition on a result that does not hold. The command line ends with status 3."""
+
+
 @dataclass(frozen=True, order=True)
 class Sparsity:
     """An N:M pattern: keep `n` of every `m` consecutive weights along the input dimension.

@@ -11,7 +11,7 @@ from lightning_prune.checksums import sha256
 from lightning_prune.data import EmbeddedFashion
 from lightning_prune.data.fashion import EMBEDDED_FILE
 from lightning_prune.diffusion.models.dit import DiT
-from lightning_prune.metrics.evaluation import FashionEvaluator
+from lightning_prune.metrics.evaluation import Evaluator
 from lightning_prune.metrics.fashion import extract, load_classifier
 from lightning_prune.metrics.macs import count_denoiser
 
@@ -49,7 +49,7 @@ def test_the_extractor_knows_clothes() -> None:
 
 
 def test_the_floor_is_far_below_noise() -> None:
-    evaluator = FashionEvaluator(EmbeddedFashion())
+    evaluator = Evaluator(EmbeddedFashion())
     noise = torch.randint(0, 256, (500, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert 0 < evaluator.floor().value < 0.01 * evaluator.distance_of(noise).value
 

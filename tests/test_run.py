@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,15 @@ ROW = {
     "additionalProperties": False,
 }
 ROW["required"] = list(ROW["properties"])  # type: ignore[call-overload]
+BOUNDS = {"type": "object", "properties": {k: {"type": "number"} for k in ("value", "low", "high")},
+          "required": ["value", "low", "high"], "additionalProperties": False}  # fmt: skip
+COMPARISON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "against": {"const": "dense"}}
+    | dict.fromkeys(("fd_fashion", "psnr", "ssim", "mse"), BOUNDS),
+    "required": ["name", "against", "fd_fashion", "psnr", "ssim", "mse"],
+    "additionalProperties": False,
+}
 REPORT = {
     "type": "object",
     "properties": {
@@ -50,8 +60,9 @@ REPORT = {
         "versions": {"type": "object", "required": ["torch", "lightning_prune"]},
         "protocols": {"type": "object", "minProperties": 1, "maxProperties": 1},
         "rows": {"type": "array", "items": ROW},
+        "comparisons": {"type": "array", "items": COMPARISON, "minItems": 2},
     },
-    "required": ["schema", "method", "config", "versions", "protocols", "rows"],
+    "required": ["schema", "method", "config", "versions", "protocols", "rows", "comparisons"],
 }
 
 
@@ -180,3 +191,17 @@ def test_predict_draws_images(runs: Path) -> None:
     assert main(["predict", *arguments]) == 0
     assert len(list((runs / "smoke" / "predictions").glob("*.png"))) == 16
     assert sorted(p.name for p in runs.iterdir()) == ["smoke", "smoke-2"]
+
+
+def test_a_run_stopped_before_its_report_leaves_the_same_one_when_resumed(runs: Path) -> None:
+    first, copy = runs / "smoke", runs / "stopped"
+    shutil.copytree(first, copy)
+    shutil.rmtree(copy / "artifact")
+    (copy / "report.json").unlink()
+    checkpoint = str(copy / "checkpoints" / "last.ckpt")
+    arguments = ["--config", str(SMOKE), "--run.root", str(runs), "--run.name", "stopped", "--ckpt_path", checkpoint]
+    assert main(["fit", *arguments]) == 0
+    assert report_of(copy)["comparisons"] == report_of(first)["comparisons"]
+    ours, theirs = (lightning_prune.load(run / "artifact").state_dict() for run in (copy, first))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    shutil.rmtree(copy)

@@ -21,7 +21,7 @@ from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.export import load
-from lightning_prune.metrics.evaluation import FashionEvaluator, SamplingSettings
+from lightning_prune.metrics.evaluation import Evaluator, SamplingSettings, Score
 from lightning_prune.metrics.frechet import precision_recall
 from lightning_prune.pixels import to_uint8
 from lightning_prune.protocols import Sparsity
@@ -48,7 +48,7 @@ def main() -> None:
 
 def quality(denoiser: Denoiser, data: FashionMNIST, samples: int, steps: int, guidance: float) -> dict[str, Any]:
     """All scores of a network, by name."""
-    evaluator = FashionEvaluator(data)
+    evaluator = Evaluator(data)
     plain, images = _score(evaluator, denoiser, SamplingSettings(samples, steps, name="table-v1"))
     guided, _ = _score(evaluator, denoiser, SamplingSettings(samples, steps, guidance, name="table-v1"))
     precision, recall = precision_recall(plain.features, evaluator.reference_features[:samples])
@@ -74,7 +74,7 @@ def quality(denoiser: Denoiser, data: FashionMNIST, samples: int, steps: int, gu
     }
 
 
-def _score(evaluator: FashionEvaluator, denoiser: Denoiser, settings: SamplingSettings) -> tuple[Any, Tensor]:
+def _score(evaluator: Evaluator, denoiser: Denoiser, settings: SamplingSettings) -> tuple[Score, Tensor]:
     drawn: list[Tensor] = []
 
     def draw(ids: Tensor, labels: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _score(evaluator: FashionEvaluator, denoiser: Denoiser, settings: SamplingSe
         drawn.append(to_uint8(images))
         return images
 
-    return evaluator.score(draw, settings, PROCESS, "averaged"), torch.cat(drawn)
+    return evaluator.score({"network": draw}, settings, PROCESS, "averaged")["network"], torch.cat(drawn)
 
 
 def nearest(images: Tensor, train: Tensor) -> Tensor:

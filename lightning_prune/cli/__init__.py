@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from lightning_prune import __version__
 
@@ -25,7 +26,7 @@ Make pretrained diffusion models cheaper to sample.
   lightning_prune fit --config x.yaml --run.wandb online  the same run, tracked online
   lightning_prune fit --help                              every option of fit
 
-Exit status: 0 done, 1 a defect of ours, 2 bad input or impossible request.
+Exit status: 0 done, 1 a defect of ours, 2 bad input or impossible request, 3 a quality gate (--gate) not met.
 --debug shows the traceback behind a one-line error.
 """
 
@@ -47,18 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(args: Sequence[str]) -> int:
-    if args[0] == "export":
-        from lightning_prune.cli import export
-
-        return export.run(args[1:])
-    if args[0] == "bench":
-        from lightning_prune.cli import bench
-
-        return bench.run(args[1:])
-    if args[0] == "prefetch":
-        from lightning_prune.cli import prefetch
-
-        return prefetch.run(args[1:])
-    from lightning_prune.cli import trainer_cli
-
-    return trainer_cli.run(args)
+    # Verbs that need no trainer are modules with a `run` of their own; everything else is Lightning's.
+    module = args[0] if args[0] in ("export", "bench", "prefetch") else "trainer_cli"
+    status: int = import_module(f"lightning_prune.cli.{module}").run(args if module == "trainer_cli" else args[1:])
+    return status

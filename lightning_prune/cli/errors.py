@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_prune.protocols import InputError
+from lightning_prune.protocols import GateNotMet, InputError
 
 _SCAFFOLD = (
     r'[Pp]arser key "|Problem with given class_path|Given value|Subtypes: |Errors:$|'
@@ -20,11 +20,14 @@ _LONGEST = 400
 
 
 def one_line_errors(action: Callable[[], int], debug: bool) -> int:
-    """Run `action`; an error of the user's is one line and status 2, any other a line and status 1."""
+    """Run `action`; an error of the user's is one line and status 2, a gate not met status 3, any other 1."""
     try:
         return action()
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
+    except GateNotMet as error:
+        print(f"lightning_prune: gate not met: {error}", file=sys.stderr)
+        return 3
     except Exception as error:
         cause = input_error_behind(error)
         status = 2 if cause else 1

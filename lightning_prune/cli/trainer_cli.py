@@ -19,12 +19,21 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lightning_prune.callbacks
 import lightning_prune.data  # noqa: F401
 from lightning_prune import methods
-from lightning_prune.callbacks import ArtifactWriter, ImageWriter, LastCheckpoint, RunRecord, StepProgress
+from lightning_prune.callbacks import (
+    ArtifactWriter,
+    EfficiencyReport,
+    ImageWriter,
+    LastCheckpoint,
+    RunRecord,
+    StepProgress,
+)
 from lightning_prune.cli import run_folder
 from lightning_prune.cli.checkpoints import check_checkpoint
 from lightning_prune.cli.errors import input_error_behind
 from lightning_prune.cli.loggers import run_loggers
 from lightning_prune.cli.run_folder import RunSettings
+from lightning_prune.metrics.extractors import load_extractor
+from lightning_prune.metrics.gate import Gate
 from lightning_prune.module import PruningModule
 from lightning_prune.protocols import InputError
 
@@ -34,23 +43,67 @@ class PruningCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunSettings, "run")
+        parser.add_argument(
+            "--gate",
+            type=str | None,
+            default=None,
+            help="condition on the result, for example 'fd_fashion<=dense+0.5'; status 3 if it does not hold",
+        )
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if config.trainer.default_root_dir is not None:
             raise InputError("trainer.default_root_dir: the folder of a run is run.root and run.name")
         self.settings = RunSettings(**vars(config.run))
+        self.gate = Gate.parse(config.gate) if config.gate else None
         self.folder = run_folder.resolve(self.settings, config.get("ckpt_path"))
 
     def before_fit(self) -> None:
         self._check_checkpoint()
+        self._check_gate()
         # W&B falls back to a temporary folder if this one does not exist when it starts.
         run_folder.create(self.folder)
 
     def before_validate(self) -> None:
         self._check_checkpoint()
+        if self.gate:
+            raise InputError("gate: only fit and test measure what a gate asks for")
 
-    before_test = before_predict = before_validate
+    before_predict = before_validate
+
+    def before_test(self) -> None:
+        self._check_checkpoint()
+        self._check_gate()
+
+    def after_fit(self) -> None:
+        path = self.config_init[self.subcommand].get("ckpt_path")
+        if path is not None and not (self.folder / "artifact").exists():
+            self._finish(Path(path))
+        self._check_result()
+
+    def _finish(self, checkpoint: Path) -> None:
+        """Results of a run that was stopped between its last step and its report: the trainer has nothing to do."""
+        self.model.load_state_dict(check_checkpoint(checkpoint, self.model)["state_dict"])
+        self.model.write_results(self.trainer)
+
+    def after_test(self) -> None:
+        self._check_result()
+
+    def _check_result(self) -> None:
+        if self.gate and self.trainer.is_global_zero:
+            print(f"gate met: {self.gate.check(self._report_callback().scores)}")
+
+    def _check_gate(self) -> None:
+        """A condition that cannot be checked is refused before the work, not after."""
+        if self.gate:
+            extractor = load_extractor(self._report_callback().extractor, self._report_callback().extractor_weights)
+            self.gate.check_names(extractor.metric, list(self.model.variants()))
+
+    def _report_callback(self) -> EfficiencyReport:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, EfficiencyReport):
+                return callback
+        raise InputError("gate: trainer.callbacks holds no EfficiencyReport, so nothing is measured")
 
     def _check_checkpoint(self) -> None:
         path = self.config_init[self.subcommand].get("ckpt_path")

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune.protocols import InputError
 from lightning_prune.seeds import derive
+from lightning_prune.world import World
 
 
 def epoch_order(size: int, seed: int, epoch: int, shuffle: bool) -> torch.Tensor:
@@ -22,14 +23,25 @@ def epoch_order(size: int, seed: int, epoch: int, shuffle: bool) -> torch.Tensor
 class _Slice:
     """The batches of one rank in one epoch, from batch `start` on."""
 
-    def __init__(self, order: torch.Tensor, batch_size: int, rank: int, world: int, start: int, count: int) -> None:
+    def __init__(
+        self, order: torch.Tensor, batch_size: int, rank: int, world: int, start: int, count: int, whole: bool
+    ) -> None:
         self.order, self.batch_size, self.rank, self.world = order, batch_size, rank, world
-        self.start, self.count = start, count
+        self.start, self.count, self.whole = start, count, whole
 
     def __iter__(self) -> Iterator[list[int]]:
-        span = self.batch_size * self.world
         for index in range(self.start, self.count):
-            yield self.order[index * span : (index + 1) * span][self.rank :: self.world].tolist()
+            yield (self._whole(index) if self.whole else self._share(index)).tolist()
+
+    def _share(self, index: int) -> torch.Tensor:
+        """This rank's share of one global batch: the union over ranks is the same set at every step."""
+        span = self.batch_size * self.world
+        return self.order[index * span : (index + 1) * span][self.rank :: self.world]
+
+    def _whole(self, index: int) -> torch.Tensor:
+        """One of the batches a single process would see, so that what it computes is the same to the last bit."""
+        chosen = World(self.rank, self.world).batch(index, -(-len(self.order) // self.batch_size))
+        return self.order[chosen * self.batch_size : (chosen + 1) * self.batch_size]
 
     def __len__(self) -> int:
         return self.count - self.start
@@ -45,7 +57,8 @@ class ResumableLoader:
         dataset: map-style dataset.
         batch_size: samples per rank and batch.
         seed: seed of the order.
-        shuffle: draw a new order each epoch; the last, incomplete batch is dropped then.
+        shuffle: draw a new order each epoch; the last, incomplete batch is dropped then. Without it every sample is
+            read, in the batches that a single process would see; some twice, where they do not divide by `world`.
         rank: this process.
         world: number of processes.
         workers: worker processes.
@@ -65,9 +78,7 @@ class ResumableLoader:
             raise InputError(f"data.batch_size: {batch_size} is not positive")
         size = len(dataset)  # type: ignore[arg-type]
         span = batch_size * world
-        # A remainder is read in order, but not one that leaves a rank without a sample.
-        remainder = not shuffle and size % span >= world
-        self.batches = size // span + remainder
+        self.batches = size // span if shuffle else -(-size // span)
         if self.batches == 0:
             raise InputError(f"data.batch_size: {batch_size} on {world} processes exceeds the {size} samples")
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
@@ -89,7 +100,7 @@ class ResumableLoader:
         epoch, start = divmod(self.consumed, self.batches)
         stop = min(self.batches, end - epoch * self.batches)
         order = epoch_order(len(self.dataset), self.seed, epoch, self.shuffle)  # type: ignore[arg-type]
-        slices = _Slice(order, self.batch_size, self.rank, self.world, start, stop)
+        slices = _Slice(order, self.batch_size, self.rank, self.world, start, stop, not self.shuffle)
         for batch in DataLoader(self.dataset, batch_sampler=slices, num_workers=self.workers):
             # Counted before it is handed out: a checkpoint written after this batch resumes behind it.
             self.consumed += 1

@@ -108,7 +108,8 @@ class Process:
     def describe(self) -> str:
         """The process in a few words, for protocols."""
         betas = f"{self.scheduler_config['beta_schedule']} schedule of {self.timesteps}"
-        return f"{betas}, {self.prediction}-prediction, x0 {'clipped with its noise' if self.clip_sample else 'not clipped'}"
+        clipping = "clipped with its noise" if self.clip_sample else "not clipped"
+        return f"{betas}, {self.prediction}-prediction, x0 {clipping}"
 
     def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
         """Uniform integer timesteps [batch] on the generator's device."""

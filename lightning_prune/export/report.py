@@ -18,7 +18,7 @@ from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.metrics.evaluation import SamplingSettings, Score, balanced_labels
-from lightning_prune.metrics.frechet import Distance
+from lightning_prune.metrics.frechet import Distance, paired_difference
 from lightning_prune.metrics.latency import interleaved_medians
 from lightning_prune.metrics.macs import count_denoiser, macs_per_image, weight_statistics
 from lightning_prune.protocols import InputError
@@ -80,25 +80,34 @@ def row(name: str, score: Score, costs: Cost, seconds: float) -> dict[str, Any]:
     """One row of `report.json`."""
     return {
         "name": name,
-        "fd_fashion": score.row(),
+        score.metric: score.row(),
         "macs_per_image": costs.macs_per_image,
         "macs_kept": costs.macs_kept,
         "convention": "aten",
         "params": costs.parameters,
         "nonzero_params": costs.nonzero_parameters,
         "seconds_per_image": seconds,
+        **({"further": {name: _stored(found) for name, found in score.further.items()}} if score.further else {}),
     }
 
 
+def _stored(found: Distance | float) -> dict[str, float] | float:
+    return _interval(found) if isinstance(found, Distance) else found
+
+
 def build_report(
-    method: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], scores: Sequence[Score], floor: Distance
+    method: str,
+    config: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, Score],
+    floor: Distance,
 ) -> dict[str, Any]:
     """The content of `report.json`.
 
     Raises:
         InputError: rows of different protocols, which no table may mix.
     """
-    protocols = {score.protocol.hash: score.protocol.content() for score in scores}
+    protocols = {score.protocol.hash: score.protocol.content() for score in scores.values()}
     if len(protocols) != 1:
         raise InputError(f"report: rows of {len(protocols)} protocols cannot stand in one table: {sorted(protocols)}")
     versions = {"lightning_prune": __version__, "python": platform.python_version()}
@@ -110,7 +119,31 @@ def build_report(
         "protocols": protocols,
         "floor": {"value": floor.value, "low": floor.low, "high": floor.high, "samples": len(floor.influence)},
         "rows": [dict(r) for r in rows],
+        "comparisons": comparisons(scores),
     }
+
+
+def comparisons(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
+    """Every later network against the first, paired by sample: difference of distances, and drift of images."""
+    (first, base), *others = scores.items()
+    return [
+        {
+            "name": name,
+            "against": first,
+            score.metric: _interval(paired_difference(score.fd, base.fd)),
+            **(score.drift.summary() if score.drift else {}),
+        }
+        for name, score in others
+    ]
+
+
+def _interval(found: Distance) -> dict[str, float]:
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def metric_of(report: Mapping[str, Any]) -> str:
+    """Name of the distance in a report's rows."""
+    return next(key for key, value in report["rows"][0].items() if isinstance(value, dict) and "protocol" in value)
 
 
 def to_markdown(report: Mapping[str, Any], notes: Sequence[str]) -> str:
@@ -119,25 +152,65 @@ def to_markdown(report: Mapping[str, Any], notes: Sequence[str]) -> str:
     lines = [
         f"# {report['method']}",
         "",
-        "| network | fd_fashion (95 %) | MACs an image (aten) | MACs kept | non-zero parameters | seconds an image |",
-        "|---|---|---|---|---|---|",
-        *[f"| {' | '.join(cells)} |" for cells in table_cells(report)],
+        *_table(headings(report), table_cells(report)),
         "",
+        *_comparison_lines(report),
+        *_further_lines(report),
         *[f"* {note}" for note in notes],
         f"* protocol {protocol['name']}: {protocol['samples']} images, {protocol['sampler']}, "
         f"{protocol['process']}, "
         f"{protocol['steps']} steps, guidance {protocol['guidance']:g}, {protocol['weights']} weights; "
         f"interval: {protocol['interval']}; hash {next(iter(report['protocols']))}",
     ]
+    if protocol["rank_deficient"]:
+        lines.append("* rank-deficient: no more samples than features, so the distance says little")
     return "\n".join(lines) + "\n"
+
+
+def _table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *[f"| {' | '.join(row)} |" for row in cells]]
+
+
+def _comparison_lines(report: Mapping[str, Any]) -> list[str]:
+    if not report["comparisons"]:
+        return []
+    metric = metric_of(report)
+    against = report["comparisons"][0]["against"]
+    heads = [f"less {against}, same seeds", f"{metric} (95 %)", "PSNR (dB)", "SSIM", "MSE"]
+    cells = [
+        [c["name"], *(_cell(c[key]) for key in (metric, "psnr", "ssim", "mse") if key in c)]
+        for c in report["comparisons"]
+    ]
+    return [*_table(heads, cells), ""]
+
+
+def _further_lines(report: Mapping[str, Any]) -> list[str]:
+    names = list(report["rows"][0].get("further", {}))
+    if not names:
+        return []
+    cells = [[r["name"], *(_cell(r["further"][name]) for name in names)] for r in report["rows"]]
+    return [*_table(["network", *names], cells), ""]
+
+
+def _cell(found: Mapping[str, float] | float) -> str:
+    if isinstance(found, float):
+        return f"{found:.3f}"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def headings(report: Mapping[str, Any]) -> list[str]:
+    """Headings of the columns of `table_cells`."""
+    metric = metric_of(report)
+    return ["network", f"{metric} (95 %)", "MACs an image (aten)", "kept", "non-zero parameters", "seconds an image"]
 
 
 def table_cells(report: Mapping[str, Any]) -> list[list[str]]:
     """Cells of each row, as text."""
+    metric = metric_of(report)
     return [
         [
             r["name"],
-            f"{r['fd_fashion']['value']:.3f} [{r['fd_fashion']['low']:.3f}, {r['fd_fashion']['high']:.3f}]",
+            _cell(r[metric]),
             f"{r['macs_per_image'] / 1e9:.3f} G",
             f"{100 * r['macs_kept']:.1f} %",
             f"{r['nonzero_params'] / 1e6:.2f} M of {r['params'] / 1e6:.2f} M",
@@ -147,7 +220,7 @@ def table_cells(report: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def write_report(report: Mapping[str, Any], notes: Sequence[str], folder: Path) -> None:
-    """Write `report.json` and `report.md` into `folder`."""
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.md").write_text(to_markdown(report, notes))
+def write_report(report: Mapping[str, Any], notes: Sequence[str], folder: Path, name: str = "report") -> None:
+    """Write `<name>.json` and `<name>.md` into `folder`."""
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(to_markdown(report, notes))

@@ -1,24 +1,32 @@
-"""Score a denoiser: draw balanced conditional samples, compare their features with the reference."""
+"""Score networks: draw balanced conditional samples from equal noise, compare their features with a reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_prune.checksums import sha256
 from lightning_prune.diffusion.process import Process
-from lightning_prune.metrics.fashion import EXTRACTOR_FOLDER, FashionClassifier, extract, load_classifier
-from lightning_prune.metrics.frechet import Distance, Moments, distance
+from lightning_prune.metrics.drift import Drift, drift, joined
+from lightning_prune.metrics.extractors import Extracted, FeatureExtractor, load_extractor
+from lightning_prune.metrics.features import warn_if_rank_deficient
+from lightning_prune.metrics.frechet import Distance, Moments, distance, precision_recall
+from lightning_prune.metrics.inception_score import inception_score
+from lightning_prune.metrics.kid import kernel_distance
 from lightning_prune.metrics.protocol import Protocol
+from lightning_prune.metrics.reference import Reference, cached_reference, compute_reference
 from lightning_prune.pixels import to_uint8
 from lightning_prune.protocols import InputError, ReferenceData
+from lightning_prune.world import World
 
 Draw = Callable[[Tensor, Tensor], Tensor]
+DEFAULT_EXTRACTOR = "fashion_classifier"
+Further = Literal["kernel", "spatial", "inception_score", "precision_recall"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class SamplingSettings:
         steps: network evaluations a sample.
         guidance: classifier-free guidance scale; 1 is none.
         seed: seed of the starting noise.
-        batch_size: samples drawn at once; it has no effect on them.
+        batch_size: samples drawn at once, by one process.
         name: name of the protocol.
     """
 
@@ -41,15 +49,32 @@ class SamplingSettings:
     batch_size: int = 100
     name: str = "quick-v1"
 
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise InputError(f"samples: {self.samples} are too few for a distance, at least 2 are needed")
+
 
 @dataclass(frozen=True)
 class Score:
-    """What one evaluation gives: the distance, the share of samples classified as their label, and features."""
+    """What one evaluation gives.
 
+    Attributes:
+        metric: name of the distance, after its extractor.
+        fd: the distance.
+        accuracy: share of samples classified as their label, where the extractor knows the labels.
+        protocol: how it was measured.
+        drift: per-image differences from the first network drawn beside it; None for that one.
+        features: features [N, D] of the samples.
+        further: other measures asked for, by name: with an interval where they have one.
+    """
+
+    metric: str
     fd: Distance
-    accuracy: float
+    accuracy: float | None
     protocol: Protocol
+    drift: Drift | None
     features: Tensor = field(repr=False)
+    further: dict[str, Distance | float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """The value as reports store it."""
@@ -62,35 +87,79 @@ class Score:
         }
 
 
-class FashionEvaluator:
-    """Computes `fd_fashion` of samples against the held-out reference of a Fashion-MNIST data module."""
+@dataclass
+class _Part:
+    """What one batch gives of one network."""
 
-    def __init__(self, data: ReferenceData) -> None:
-        if getattr(data, "name", None) != "fashion":
+    extracted: Extracted
+    hits: int | None
+    drift: Drift | None
+
+
+class Evaluator:
+    """Computes the Frechet distance of samples against the reference split of a data module.
+
+    Samples are shared over processes in whole batches, so every process ends with the same value, which is that of
+    a single process.
+
+    Args:
+        data: where the reference comes from.
+        extractor: name of the feature extractor, or one.
+        weights: file of its weights, where it does not ship with the package.
+        reference_samples: how many images of the reference split, and at most of the held-out one; null for all.
+        further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
+            "precision_recall".
+    """
+
+    def __init__(
+        self,
+        data: ReferenceData,
+        extractor: str | FeatureExtractor = DEFAULT_EXTRACTOR,
+        weights: str | None = None,
+        reference_samples: int | None = None,
+        further: Sequence[Further] = (),
+    ) -> None:
+        self.data, self.reference_samples, self.further = data, reference_samples, further
+        self.extractor = load_extractor(extractor, weights) if isinstance(extractor, str) else extractor
+        if self.extractor.name == DEFAULT_EXTRACTOR and getattr(data, "name", None) != "fashion":
             raise InputError(f"data: fd_fashion compares with Fashion-MNIST, got {type(data).__name__}")
-        self.data = data
-        self.extractor: FashionClassifier = load_classifier()
+
+    def to(self, device: torch.device | str) -> Evaluator:
+        """Move the extractor."""
+        self.extractor.to(device)
+        return self
+
+    def _reference_images(self) -> Tensor:
+        images: Tensor = self.data.split("reference").images[: self.reference_samples]
+        return images
+
+    @cached_property
+    def _reference(self) -> Reference:
+        """Moments of the reference; those of a large extractor are kept on disk, as they take minutes."""
+        images = self._reference_images()
+        content = hashlib.sha256(images.numpy()).hexdigest()
+        name = f"{self.data.name} reference split, {len(images)} images, sha256 {content}"
+        if self.extractor.name == DEFAULT_EXTRACTOR:
+            return compute_reference(self.extractor, images, name)
+        return cached_reference(self.extractor, name, lambda: images)
+
+    @property
+    def reference(self) -> Moments:
+        """Moments of the reference images."""
+        return self._reference.moments
 
     @cached_property
     def reference_features(self) -> Tensor:
         """Features [N, D] of the reference images."""
-        return self._features_of(self.data.split("reference").images)
-
-    @cached_property
-    def reference(self) -> Moments:
-        """Moments of the reference images."""
-        return Moments.of(self.reference_features)
-
-    def _features_of(self, images: Tensor) -> Tensor:
-        return extract(self.extractor, images)[0]
+        return self.extractor.extract(self._reference_images()).features
 
     def distance_of(self, images: Tensor) -> Distance:
         """The distance of uint8 `images` [N, C, H, W] from the reference."""
-        return distance(self._features_of(images), self.reference)
+        return distance(self.extractor.extract(images).features, self.reference)
 
     def floor(self) -> Distance:
         """The distance of the held-out real images from the reference: no model can be expected below it."""
-        return self.distance_of(self.data.split("held_out").images)
+        return self.distance_of(self.data.split("held_out").images[: self.reference_samples])
 
     def protocol(self, settings: SamplingSettings, process: Process, weights: str) -> Protocol:
         """The protocol of a score drawn with `settings` from networks trained on `process`."""
@@ -102,37 +171,84 @@ class FashionEvaluator:
             steps=settings.steps,
             guidance=settings.guidance,
             sample_seed=settings.seed,
-            extractor="fashion_classifier",
-            extractor_sha256=sha256(EXTRACTOR_FOLDER / "model.safetensors"),
-            reference="fashion reference split",
+            extractor=self.extractor.name,
+            extractor_sha256=self.extractor.sha256,
+            reference=f"{self.data.name} reference split",
             reference_samples=self.reference.samples,
             weights=weights,
+            resize=self.extractor.resize,
+            rank_deficient=warn_if_rank_deficient(self.extractor.metric, settings.samples, self.extractor.dimensions),
         )
 
-    def score(self, draw: Draw, settings: SamplingSettings, process: Process, weights: str) -> Score:
-        """Draw `settings.samples` images through `draw(ids, labels)` and score them.
+    def score(
+        self, draws: Mapping[str, Draw], settings: SamplingSettings, process: Process, weights: str
+    ) -> dict[str, Score]:
+        """Draw `settings.samples` images through each `draw(ids, labels)` and score them, by name.
 
-        `weights` says which weights drew them ("averaged" or "last"), for the protocol.
+        The first is what the others' drift is measured from. `weights` says which weights drew ("averaged" or
+        "last"), for the protocol.
 
         Raises:
             InputError: images that are not finite.
         """
         labels = balanced_labels(settings.samples, self.data.num_classes)
-        features, hits = [], 0
-        for ids in torch.arange(settings.samples).split(settings.batch_size):
-            images = draw(ids, labels[ids])
+        batches = torch.arange(settings.samples).split(settings.batch_size)
+        world = World.current()
+        own = {index: self._batch(draws, batches[index], labels[batches[index]]) for index in world.share(len(batches))}
+        parts = world.merge(own)
+        protocol = self.protocol(settings, process, weights)
+        return {name: self._joined([part[name] for part in parts], protocol) for name in draws}
+
+    def _batch(self, draws: Mapping[str, Draw], ids: Tensor, labels: Tensor) -> dict[str, _Part]:
+        parts: dict[str, _Part] = {}
+        first: Tensor | None = None
+        for name, draw in draws.items():
+            images = draw(ids, labels)
             if not torch.isfinite(images).all():
                 raise InputError("sampled images are not finite; the weights they were drawn with are broken")
-            pooled, logits = extract(self.extractor, to_uint8(images).cpu())
-            features.append(pooled)
-            hits += int((logits.argmax(dim=1) == labels[ids]).sum())
-        stacked = torch.cat(features)
+            parts[name] = self._part(images, labels, first)
+            first = images if first is None else first
+        return parts
+
+    def _part(self, images: Tensor, labels: Tensor, dense: Tensor | None) -> _Part:
+        found = self.extractor.extract(to_uint8(images))
+        knows_labels = self.extractor.name == DEFAULT_EXTRACTOR and found.logits is not None
+        hits = int((found.logits.argmax(dim=1) == labels).sum()) if knows_labels else None
+        return _Part(found, hits, None if dense is None else drift(images, dense))
+
+    def _joined(self, parts: list[_Part], protocol: Protocol) -> Score:
+        extracted = Extracted.concatenate([part.extracted for part in parts])
+        hits = [part.hits for part in parts if part.hits is not None]
+        drifts = [part.drift for part in parts if part.drift is not None]
         return Score(
-            distance(stacked, self.reference),
-            hits / settings.samples,
-            self.protocol(settings, process, weights),
-            stacked,
+            metric=self.extractor.metric,
+            fd=distance(extracted.features, self.reference),
+            accuracy=sum(hits) / len(extracted.features) if hits else None,
+            protocol=protocol,
+            drift=joined(drifts) if drifts else None,
+            features=extracted.features,
+            further=self._further(extracted),
         )
+
+    def _further(self, found: Extracted) -> dict[str, Distance | float]:
+        values: dict[str, Distance | float] = {}
+        for name in self.further:
+            if name == "kernel":
+                values[self.extractor.kernel_metric] = kernel_distance(found.features, self.reference_features)
+            elif name == "spatial":
+                values["sfid"] = self._spatial(found)
+            elif name == "inception_score":
+                values["inception_score"] = inception_score(found.logits)
+            else:
+                values["precision"], values["recall"] = precision_recall(
+                    found.features, self.reference_features[: len(found.features)]
+                )
+        return values
+
+    def _spatial(self, found: Extracted) -> Distance:
+        if found.spatial is None or self._reference.spatial is None:
+            raise InputError(f"further: {self.extractor.name} has no spatial features, so there is no sFID")
+        return distance(found.spatial, self._reference.spatial)
 
 
 def balanced_labels(samples: int, num_classes: int) -> Tensor:

@@ -29,6 +29,7 @@ class Protocol:
     weights: str
     dtype: str = "float32"
     resize: str = "none"
+    rank_deficient: bool = False  # fewer samples than features: the covariance cannot be full
     interval: str = "infinitesimal jackknife, 95 %"
 
     @property

@@ -1,4 +1,4 @@
-"""Two gloo processes through the real command line: one run folder, masks that hold, one report."""
+"""Two gloo processes through the real command line: one run folder, masks that hold, one report, equal results."""
 
 import csv
 import json
@@ -6,22 +6,58 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "sparsedm_dit.yaml"
 
 
-def test_ddp_fit_leaves_one_run(tmp_path: Path) -> None:
+def run(verb: str, root: Path, processes: int, *arguments: str) -> Path:
+    """Run a verb in `processes` processes of one thread each; the run's folder."""
+    name = f"{verb}-{processes}"
     command = [
-        *(sys.executable, "-m", "lightning_prune", "fit", "--config", str(SMOKE)),
-        *("--run.root", str(tmp_path), "--run.name", "two", "--run.wandb", "disabled"),
-        *("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.enable_progress_bar", "false"),
+        *(sys.executable, "-m", "lightning_prune", verb, "--config", str(SMOKE)),
+        *("--run.root", str(root), "--run.name", name, "--trainer.enable_progress_bar", "false"),
+        *("--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto", *arguments),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [p.name for p in tmp_path.iterdir()] == ["two"]
-    with (tmp_path / "two" / "metrics.csv").open() as stream:
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run("fit", tmp_path_factory.mktemp("two"), 2, "--run.wandb", "disabled")
+
+
+def test_ddp_fit_leaves_one_run(fitted: Path) -> None:
+    assert [p.name for p in fitted.parent.iterdir() if p.name.startswith("fit")] == ["fit-2"]
+    with (fitted / "metrics.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert {float(row["mask_violations"]) for row in rows if row["mask_violations"]} == {0.0}
-    report = json.loads((tmp_path / "two" / "report.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["dense", "one-shot 2:4", "sparsedm 2:4"]
+    assert [row["name"] for row in report(fitted / "report.json")["rows"]] == ["dense", "one-shot 2:4", "sparsedm 2:4"]
+
+
+def test_any_number_of_processes_finds_the_same_distance(fitted: Path, tmp_path: Path) -> None:
+    given = ("--ckpt_path", str(fitted / "checkpoints" / "last.ckpt"))
+    one, two = (report(run("test", tmp_path, n, *given) / "report-test.json") for n in (1, 2))
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        for key in ("value", "low", "high"):
+            assert a["fd_fashion"][key] == pytest.approx(b["fd_fashion"][key], rel=1e-9)
+    assert one["comparisons"] == two["comparisons"]
+
+
+def test_any_number_of_processes_draws_the_same_files(fitted: Path, tmp_path: Path) -> None:
+    given = ("--ckpt_path", str(fitted / "checkpoints" / "last.ckpt"), "--data.init_args.validation_samples", "21")
+    one, two = (
+        {p.name: p.read_bytes() for p in (run("predict", tmp_path, n, *given) / "predictions").iterdir()}
+        for n in (1, 2)
+    )
+    assert len(one) == 21
+    assert one == two
+
+
+def report(file: Path) -> Any:
+    return json.loads(file.read_text())

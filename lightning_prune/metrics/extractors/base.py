@@ -72,6 +72,9 @@ class FeatureExtractor(Protocol):
     def extract(self, images: Tensor) -> Extracted:
         """Features of uint8 `images` [N, C, H, W]. Raises `InputError` for images it does not take."""
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network; images follow it, what is extracted comes back to the CPU."""
+
 
 class NetworkExtractor(ABC):
     """Runs a network over images in batches; a subclass says what it gives for one batch.

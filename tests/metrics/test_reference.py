@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.metrics.extractors import Extracted
+from lightning_prune.metrics.files import written_whole
 from lightning_prune.metrics.frechet import Moments, distance, frechet_distance
 from lightning_prune.metrics.reference import (
     Reference,
@@ -32,6 +33,7 @@ class PixelExtractor:
     kernel_metric = "kd_pixels"
     resize = "none"
     dimensions = 12
+    channels: tuple[int, ...] = (3,)
 
     def __init__(self, sha256: str = "0" * 64, spatial: bool = True) -> None:
         self.sha256, self.spatial = sha256, spatial
@@ -189,3 +191,18 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"r\.npz: cannot be written"):
         save_reference(reference(), tmp_path / "file" / "r.npz")
+
+
+def test_an_error_while_writing_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_text("complete")
+
+    def interrupted() -> None:
+        with written_whole(file) as partial:
+            partial.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert file.read_text() == "complete"
+    assert list(tmp_path.iterdir()) == [file]

@@ -60,6 +60,7 @@ class FeatureExtractor(Protocol):
         sha256: checksum of its weights.
         dimensions: number of features.
         resize: how images reach the network's input size, in words, for the protocol.
+        channels: numbers of channels it takes; networks of natural images repeat grey.
     """
 
     name: str
@@ -68,6 +69,7 @@ class FeatureExtractor(Protocol):
     sha256: str
     dimensions: int
     resize: str
+    channels: tuple[int, ...]
 
     def extract(self, images: Tensor) -> Extracted:
         """Features of uint8 `images` [N, C, H, W]. Raises `InputError` for images it does not take."""

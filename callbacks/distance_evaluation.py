@@ -26,7 +26,9 @@ class DistanceEvaluation(Callback):
         batch_size: samples drawn at once.
         extractor: network whose features are compared; see `lightning_prune.metrics.extractors`.
         extractor_weights: file of its weights, where it does not ship with the package.
-        reference_samples: how many images of the reference split; null for all.
+        reference: file of moments to compare with, our own or pytorch-fid's or ADM's; null for the data's own split.
+        reference_samples: how many images of the reference split; null for all. With a `reference` that does not say
+            it, how many images that is of.
         further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
             "precision_recall"; see `docs/metrics.md`.
     """
@@ -40,6 +42,7 @@ class DistanceEvaluation(Callback):
         batch_size: int = 100,
         extractor: str = DEFAULT_EXTRACTOR,
         extractor_weights: str | None = None,
+        reference: str | None = None,
         reference_samples: int | None = None,
         further: list[Further] | None = None,
     ) -> None:
@@ -49,7 +52,7 @@ class DistanceEvaluation(Callback):
         )
         self.every_n_validations = every_n_validations
         self.extractor, self.extractor_weights = extractor, extractor_weights
-        self.reference_samples, self.further = reference_samples, further or []
+        self.reference, self.reference_samples, self.further = reference, reference_samples, further or []
         self._passes = 0
         self._evaluator: Evaluator | None = None
 
@@ -59,6 +62,7 @@ class DistanceEvaluation(Callback):
             trainer.datamodule,  # type: ignore[attr-defined]
             self.extractor,
             self.extractor_weights,
+            self.reference,
             self.reference_samples,
             self.further,
         )
@@ -91,7 +95,9 @@ class DistanceEvaluation(Callback):
                 return images
 
             draws = {"result": draw}
-            score = self._evaluator.to(pl_module.device).score(draws, settings, source.process, source.weights_kind)["result"]
+            score = self._evaluator.to(pl_module.device).score(draws, settings, source.process, source.weights_kind)[
+                "result"
+            ]
         name = score.metric
         values = {f"{name}_low": score.fd.low, f"{name}_high": score.fd.high}
         values |= {key: found.value if isinstance(found, Distance) else found for key, found in score.further.items()}

@@ -50,7 +50,9 @@ class EfficiencyReport(Callback):
         batch_size: samples drawn at once, by one process.
         extractor: network whose features are compared; see `lightning_prune.metrics.extractors`.
         extractor_weights: file of its weights, where it does not ship with the package.
-        reference_samples: how many images of the reference split; null for all.
+        reference: file of moments to compare with, our own or pytorch-fid's or ADM's; null for the data's own split.
+        reference_samples: how many images of the reference split; null for all. With a `reference` that does not say
+            it, how many images that is of.
         further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
             "precision_recall"; see `docs/metrics.md`.
     """
@@ -66,6 +68,7 @@ class EfficiencyReport(Callback):
         batch_size: int = 100,
         extractor: str = DEFAULT_EXTRACTOR,
         extractor_weights: str | None = None,
+        reference: str | None = None,
         reference_samples: int | None = None,
         further: list[Further] | None = None,
     ) -> None:
@@ -73,7 +76,7 @@ class EfficiencyReport(Callback):
         self.settings = SamplingSettings(samples, steps, guidance, batch_size=batch_size, name=protocol)
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
         self.extractor, self.extractor_weights = extractor, extractor_weights
-        self.reference_samples, self.further = reference_samples, further or []
+        self.reference, self.reference_samples, self.further = reference, reference_samples, further or []
         self.scores: dict[str, Score] = {}
         self._evaluator: Evaluator | None = None
 
@@ -89,6 +92,7 @@ class EfficiencyReport(Callback):
             trainer.datamodule,  # type: ignore[attr-defined]
             self.extractor,
             self.extractor_weights,
+            self.reference,
             self.reference_samples,
             self.further,
         )

@@ -24,6 +24,22 @@ def _wandb_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests prefetch and cache is theirs alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_PRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def prefetched() -> None:
+    """Inception's weights in that cache, as `lightning_prune prefetch inception` puts them there."""
+    from lightning_prune.cli import main
+
+    assert main(["prefetch", "inception"]) == 0
+
+
 @pytest.fixture(autouse=True)
 def _lightning_logs_to_pytest_alone() -> None:
     # Lightning ties a handler to the stderr of the moment it is imported, which pytest has closed by now.

@@ -25,7 +25,9 @@ def test_parses_and_prints_a_reusable_config(config: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("config", SMOKE, ids=lambda p: p.stem)
-def test_smoke_config_fits_and_validates(config: Path, tmp_path: Path) -> None:
+def test_smoke_config_fits_and_validates(config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if "extractor: inception" in config.read_text():
+        request.getfixturevalue("prefetched")
     common = ["--config", str(config), "--run.root", str(tmp_path), "--run.name", "run"]
     assert main(["fit", *common]) == 0
     run = tmp_path / "run"

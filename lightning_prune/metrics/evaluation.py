@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from lightning_prune.metrics.frechet import Distance, Moments, distance, precisi
 from lightning_prune.metrics.inception_score import inception_score
 from lightning_prune.metrics.kid import kernel_distance
 from lightning_prune.metrics.protocol import Protocol
-from lightning_prune.metrics.reference import Reference, cached_reference, compute_reference
+from lightning_prune.metrics.reference import Reference, cached_reference, compute_reference, read_reference
 from lightning_prune.pixels import to_uint8
 from lightning_prune.protocols import InputError, ReferenceData
 from lightning_prune.world import World
@@ -106,7 +107,9 @@ class Evaluator:
         data: where the reference comes from.
         extractor: name of the feature extractor, or one.
         weights: file of its weights, where it does not ship with the package.
-        reference_samples: how many images of the reference split, and at most of the held-out one; null for all.
+        reference: file of moments to compare with, our own or pytorch-fid's or ADM's; null for the data's own split.
+        reference_samples: how many images of the reference split, and at most of the held-out one; null for all. With
+            a `reference` that does not say it, how many images that is of.
         further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
             "precision_recall".
     """
@@ -116,10 +119,12 @@ class Evaluator:
         data: ReferenceData,
         extractor: str | FeatureExtractor = DEFAULT_EXTRACTOR,
         weights: str | None = None,
+        reference: str | None = None,
         reference_samples: int | None = None,
         further: Sequence[Further] = (),
     ) -> None:
-        self.data, self.reference_samples, self.further = data, reference_samples, further
+        self.data, self.reference_file, self.reference_samples = data, reference, reference_samples
+        self.further = further
         self.extractor = load_extractor(extractor, weights) if isinstance(extractor, str) else extractor
         if self.extractor.name == DEFAULT_EXTRACTOR and getattr(data, "name", None) != "fashion":
             raise InputError(f"data: fd_fashion compares with Fashion-MNIST, got {type(data).__name__}")
@@ -136,6 +141,8 @@ class Evaluator:
     @cached_property
     def _reference(self) -> Reference:
         """Moments of the reference; those of a large extractor are kept on disk, as they take minutes."""
+        if self.reference_file is not None:
+            return read_reference(Path(self.reference_file), self.extractor, self.reference_samples)
         images = self._reference_images()
         content = hashlib.sha256(images.numpy()).hexdigest()
         name = f"{self.data.name} reference split, {len(images)} images, sha256 {content}"
@@ -151,6 +158,8 @@ class Evaluator:
     @cached_property
     def reference_features(self) -> Tensor:
         """Features [N, D] of the reference images."""
+        if self.reference_file is not None:
+            raise InputError(f"further: {self.reference_file} holds moments, but this measure needs reference images")
         return self.extractor.extract(self._reference_images()).features
 
     def distance_of(self, images: Tensor) -> Distance:
@@ -173,7 +182,7 @@ class Evaluator:
             sample_seed=settings.seed,
             extractor=self.extractor.name,
             extractor_sha256=self.extractor.sha256,
-            reference=f"{self.data.name} reference split",
+            reference=self._reference.data,
             reference_samples=self.reference.samples,
             weights=weights,
             resize=self.extractor.resize,

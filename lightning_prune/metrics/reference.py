@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.checksums import sha256
 from lightning_prune.metrics.extractors.base import FeatureExtractor, check_images, to_rgb
 from lightning_prune.metrics.extractors.inception_weights import cache_folder
 from lightning_prune.metrics.files import written_whole
@@ -111,6 +112,19 @@ def load_reference(file: Path, extractor: FeatureExtractor, data: str | None = N
     if data is not None and description["data"] != data:
         raise InputError(f"{file}: reference of {description['data']!r}, expected {data!r}")
     return found
+
+
+def read_reference(file: Path, extractor: FeatureExtractor, samples: int | None) -> Reference:
+    """A reference in any of the formats; `samples` is the count behind it where the file does not say.
+
+    Raises:
+        InputError: see `load_reference` and `import_statistics`; or a foreign file and no count.
+    """
+    if "description" in _read(file):
+        return load_reference(file, extractor)
+    if samples is None:
+        raise InputError(f"{file}: does not say how many images it is of; give reference_samples")
+    return import_statistics(file, extractor, samples, f"{file.name}, sha256 {sha256(file)}")
 
 
 def import_statistics(file: Path, extractor: FeatureExtractor, samples: int, data: str) -> Reference:

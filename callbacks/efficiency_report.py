@@ -20,6 +20,7 @@ from lightning_prune.callbacks.progress import sampling_progress
 from lightning_prune.callbacks.run_record import RunRecord
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.export.artifact import load
 from lightning_prune.export.report import (
     Cost,
     build_report,
@@ -55,6 +56,8 @@ class EfficiencyReport(Callback):
             it, how many images that is of.
         further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
             "precision_recall"; see `docs/metrics.md`.
+        lpips_weights: file of torchvision's AlexNet; with it drift from the dense network has LPIPS too.
+        beside: artifacts of other runs to report beside this one's networks, folders by row name.
     """
 
     def __init__(
@@ -71,13 +74,17 @@ class EfficiencyReport(Callback):
         reference: str | None = None,
         reference_samples: int | None = None,
         further: list[Further] | None = None,
+        lpips_weights: str | None = None,
+        beside: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.settings = SamplingSettings(samples, steps, guidance, batch_size=batch_size, name=protocol)
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
         self.extractor, self.extractor_weights = extractor, extractor_weights
         self.reference, self.reference_samples, self.further = reference, reference_samples, further or []
+        self.lpips_weights, self.beside = lpips_weights, beside or {}
         self.scores: dict[str, Score] = {}
+        self._others: dict[str, Denoiser] = {}
         self._evaluator: Evaluator | None = None
 
     @property
@@ -88,6 +95,7 @@ class EfficiencyReport(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, VariantSource, self)
+        self._others = {name: load(folder) for name, folder in self.beside.items()}
         self._evaluator = Evaluator(
             trainer.datamodule,  # type: ignore[attr-defined]
             self.extractor,
@@ -95,6 +103,7 @@ class EfficiencyReport(Callback):
             self.reference,
             self.reference_samples,
             self.further,
+            self.lpips_weights,
         )
 
     def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,12 +115,21 @@ class EfficiencyReport(Callback):
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         source = require(pl_module, VariantSource, self)
-        variants = source.variants()
+        variants = self._variants(source, pl_module.device)
         self.evaluator.to(pl_module.device)
         with torch.random.fork_rng(devices=[]):
             self.scores = self._scored(trainer, source, variants)
             if trainer.is_global_zero:
                 self._write(trainer, pl_module, variants, name)
+
+    def row_names(self, source: VariantSource) -> list[str]:
+        """Names of the rows: the method's networks, other runs' before the last, which is the result."""
+        *rest, result = source.variants()
+        return [*rest, *self.beside, result]
+
+    def _variants(self, source: VariantSource, device: torch.device) -> dict[str, Denoiser]:
+        networks = source.variants() | {name: network.to(device) for name, network in self._others.items()}
+        return {name: networks[name] for name in self.row_names(source)}
 
     def _scored(self, trainer: pl.Trainer, source: VariantSource, variants: Mapping[str, Denoiser]) -> dict[str, Score]:
         settings, world = self.settings, trainer.world_size

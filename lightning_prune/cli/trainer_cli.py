@@ -96,8 +96,9 @@ class PruningCLI(LightningCLI):
     def _check_gate(self) -> None:
         """A condition that cannot be checked is refused before the work, not after."""
         if self.gate:
-            extractor = load_extractor(self._report_callback().extractor, self._report_callback().extractor_weights)
-            self.gate.check_names(extractor.metric, list(self.model.variants()))
+            report = self._report_callback()
+            metric = load_extractor(report.extractor, report.extractor_weights).metric
+            self.gate.check_names(metric, report.row_names(self.model))
 
     def _report_callback(self) -> EfficiencyReport:
         for callback in self.trainer.callbacks:

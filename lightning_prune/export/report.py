@@ -124,17 +124,17 @@ def build_report(
 
 
 def comparisons(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
-    """Every later network against the first, paired by sample: difference of distances, and drift of images."""
-    (first, base), *others = scores.items()
-    return [
-        {
-            "name": name,
-            "against": first,
-            score.metric: _interval(paired_difference(score.fd, base.fd)),
-            **(score.drift.summary() if score.drift else {}),
-        }
-        for name, score in others
-    ]
+    """Paired by sample: every network against the first, with the drift of its images, and the last against all."""
+    first, *others = scores
+    pairs = [(name, first) for name in others] + [(others[-1], name) for name in others[:-1]]
+    return [_comparison(scores, name, against, against == first) for name, against in pairs]
+
+
+def _comparison(scores: Mapping[str, Score], name: str, against: str, with_drift: bool) -> dict[str, Any]:
+    score = scores[name]
+    difference = _interval(paired_difference(score.fd, scores[against].fd))
+    drift = score.drift.summary() if with_drift and score.drift else {}
+    return {"name": name, "against": against, score.metric: difference, **drift}
 
 
 def _interval(found: Distance) -> dict[str, float]:
@@ -175,10 +175,11 @@ def _comparison_lines(report: Mapping[str, Any]) -> list[str]:
     if not report["comparisons"]:
         return []
     metric = metric_of(report)
-    against = report["comparisons"][0]["against"]
-    heads = [f"less {against}, same seeds", f"{metric} (95 %)", "PSNR (dB)", "SSIM", "MSE"]
+    titles = {metric: f"{metric} (95 %)", "psnr": "PSNR (dB)", "ssim": "SSIM", "mse": "MSE", "lpips": "LPIPS"}
+    measured = [key for key in titles if key in report["comparisons"][0]]
+    heads = ["difference, same seeds", *(titles[key] for key in measured)]
     cells = [
-        [c["name"], *(_cell(c[key]) for key in (metric, "psnr", "ssim", "mse") if key in c)]
+        [f"{c['name']} less {c['against']}", *(_cell(c[key]) if key in c else "" for key in measured)]
         for c in report["comparisons"]
     ]
     return [*_table(heads, cells), ""]

@@ -6,6 +6,7 @@ A distribution distance asks whether the images are as good; drift asks whether 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,19 +28,28 @@ class Drift:
         psnr: peak signal-to-noise ratio in decibels, of the 8-bit images; at most 58.9, that of rounding.
         ssim: structural similarity of the 8-bit images (Wang et al. 2004), 1 for equal ones.
         mse: mean squared difference of the sampler's outputs, before rounding: of latents where it draws latents.
+        lpips: perceptual distance (Zhang et al. 2018); None without its weights.
     """
 
     psnr: Tensor
     ssim: Tensor
     mse: Tensor
+    lpips: Tensor | None = None
+
+    def measures(self) -> dict[str, Tensor]:
+        """What was measured, by name."""
+        return {name: values for name, values in vars(self).items() if values is not None}
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Mean of each with its 95 % interval over images."""
-        return {name: _mean(values) for name, values in vars(self).items()}
+        return {name: _mean(values) for name, values in self.measures().items()}
 
 
-def drift(images: Tensor, dense: Tensor) -> Drift:
-    """Compare sampler outputs [N, C, H, W] with those of the dense network for the same ids."""
+def drift(images: Tensor, dense: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> Drift:
+    """Compare sampler outputs [N, C, H, W] with those of the dense network for the same ids.
+
+    `perceptual` gives LPIPS [N] of two sets of images in [-1, 1].
+    """
     ours, theirs = to_uint8(images).float(), to_uint8(dense).float()
     error = (ours - theirs).square().flatten(1).mean(dim=1).clamp(min=_ROUNDING)
     ssim = structural_similarity_index_measure(ours, theirs, data_range=255.0, reduction="none")
@@ -48,12 +58,13 @@ def drift(images: Tensor, dense: Tensor) -> Drift:
         psnr=(10 * torch.log10(255**2 / error)).cpu(),
         ssim=ssim.reshape(-1).cpu(),
         mse=(images - dense).square().flatten(1).mean(dim=1).cpu(),
+        lpips=None if perceptual is None else perceptual(images, dense).cpu(),
     )
 
 
 def joined(parts: list[Drift]) -> Drift:
     """One drift of several batches'."""
-    return Drift(*(torch.cat([vars(part)[name] for part in parts]) for name in ("psnr", "ssim", "mse")))
+    return Drift(**{name: torch.cat([part.measures()[name] for part in parts]) for name in parts[0].measures()})
 
 
 def _mean(values: Tensor) -> dict[str, float]:

@@ -19,6 +19,7 @@ from lightning_prune.metrics.features import warn_if_rank_deficient
 from lightning_prune.metrics.frechet import Distance, Moments, distance, precision_recall
 from lightning_prune.metrics.inception_score import inception_score
 from lightning_prune.metrics.kid import kernel_distance
+from lightning_prune.metrics.lpips import Lpips
 from lightning_prune.metrics.protocol import Protocol
 from lightning_prune.metrics.reference import Reference, cached_reference, compute_reference, read_reference
 from lightning_prune.pixels import to_uint8
@@ -112,6 +113,7 @@ class Evaluator:
             a `reference` that does not say it, how many images that is of.
         further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
             "precision_recall".
+        lpips_weights: file of torchvision's AlexNet; with it drift has LPIPS too.
     """
 
     def __init__(
@@ -122,16 +124,20 @@ class Evaluator:
         reference: str | None = None,
         reference_samples: int | None = None,
         further: Sequence[Further] = (),
+        lpips_weights: str | None = None,
     ) -> None:
         self.data, self.reference_file, self.reference_samples = data, reference, reference_samples
         self.further = further
+        self.perceptual = Lpips(lpips_weights) if lpips_weights else None
         self.extractor = load_extractor(extractor, weights) if isinstance(extractor, str) else extractor
         if self.extractor.name == DEFAULT_EXTRACTOR and getattr(data, "name", None) != "fashion":
             raise InputError(f"data: fd_fashion compares with Fashion-MNIST, got {type(data).__name__}")
 
     def to(self, device: torch.device | str) -> Evaluator:
-        """Move the extractor."""
+        """Move the networks that evaluate."""
         self.extractor.to(device)
+        if self.perceptual is not None:
+            self.perceptual.to(device)
         return self
 
     def _reference_images(self) -> Tensor:
@@ -223,7 +229,7 @@ class Evaluator:
         found = self.extractor.extract(to_uint8(images))
         knows_labels = self.extractor.name == DEFAULT_EXTRACTOR and found.logits is not None
         hits = int((found.logits.argmax(dim=1) == labels).sum()) if knows_labels else None
-        return _Part(found, hits, None if dense is None else drift(images, dense))
+        return _Part(found, hits, None if dense is None else drift(images, dense, self.perceptual))
 
     def _joined(self, parts: list[_Part], protocol: Protocol) -> Score:
         extracted = Extracted.concatenate([part.extracted for part in parts])

@@ -41,7 +41,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
         self._saved_at = trainer.global_step
         # What was logged up to a checkpoint must be on disk with it, or a resumed record has a hole.
         for logger in trainer.loggers:

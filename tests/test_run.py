@@ -199,6 +199,7 @@ def test_another_runs_artifact_is_a_row_beside(runs: Path) -> None:
     (report,) = [c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("EfficiencyReport")]
     report["init_args"]["beside"] = {"other run": str(runs / "smoke-2" / "artifact")}
     config["trainer"]["callbacks"] = [report]
+    config["trainer"]["limit_test_batches"] = 2
     (runs / "beside.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config", str(runs / "beside.yaml"), "--run.root", str(runs), "--run.name", "smoke"]
     assert main(["test", *arguments, "--ckpt_path", str(checkpoint), "--gate", "fd_fashion<=other run+1e-6"]) == 0

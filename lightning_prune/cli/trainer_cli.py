@@ -101,7 +101,7 @@ class PruningCLI(LightningCLI):
             self.gate.check_names(metric, report.row_names(self.model))
 
     def _report_callback(self) -> EfficiencyReport:
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EfficiencyReport):
                 return callback
         raise InputError("gate: trainer.callbacks holds no EfficiencyReport, so nothing is measured")

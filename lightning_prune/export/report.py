@@ -143,7 +143,8 @@ def _interval(found: Distance) -> dict[str, float]:
 
 def metric_of(report: Mapping[str, Any]) -> str:
     """Name of the distance in a report's rows."""
-    return next(key for key, value in report["rows"][0].items() if isinstance(value, dict) and "protocol" in value)
+    row: Mapping[str, Any] = report["rows"][0]
+    return next(key for key, value in row.items() if isinstance(value, dict) and "protocol" in value)
 
 
 def to_markdown(report: Mapping[str, Any], notes: Sequence[str]) -> str:
@@ -222,6 +223,7 @@ def table_cells(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def write_report(report: Mapping[str, Any], notes: Sequence[str], folder: Path, name: str = "report") -> None:
-    """Write `<name>.json` and `<name>.md` into `folder`."""
+    """Write `<name>.json` and `<name>.md` into `folder`, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / f"{name}.md").write_text(to_markdown(report, notes))

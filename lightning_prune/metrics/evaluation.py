@@ -132,6 +132,8 @@ class Evaluator:
         self.extractor = load_extractor(extractor, weights) if isinstance(extractor, str) else extractor
         if self.extractor.name == DEFAULT_EXTRACTOR and getattr(data, "name", None) != "fashion":
             raise InputError(f"data: fd_fashion compares with Fashion-MNIST, got {type(data).__name__}")
+        if reference is not None:
+            _ = self._reference  # a wrong file is refused before a run begins, not after it
 
     def to(self, device: torch.device | str) -> Evaluator:
         """Move the networks that evaluate."""
@@ -150,7 +152,7 @@ class Evaluator:
         if self.reference_file is not None:
             return read_reference(Path(self.reference_file), self.extractor, self.reference_samples)
         images = self._reference_images()
-        content = hashlib.sha256(images.numpy()).hexdigest()
+        content = hashlib.sha256(images.numpy().tobytes()).hexdigest()
         name = f"{self.data.name} reference split, {len(images)} images, sha256 {content}"
         if self.extractor.name == DEFAULT_EXTRACTOR:
             return compute_reference(self.extractor, images, name)
@@ -227,8 +229,9 @@ class Evaluator:
 
     def _part(self, images: Tensor, labels: Tensor, dense: Tensor | None) -> _Part:
         found = self.extractor.extract(to_uint8(images))
-        knows_labels = self.extractor.name == DEFAULT_EXTRACTOR and found.logits is not None
-        hits = int((found.logits.argmax(dim=1) == labels).sum()) if knows_labels else None
+        hits = None
+        if self.extractor.name == DEFAULT_EXTRACTOR and found.logits is not None:
+            hits = int((found.logits.argmax(dim=1) == labels).sum())
         return _Part(found, hits, None if dense is None else drift(images, dense, self.perceptual))
 
     def _joined(self, parts: list[_Part], protocol: Protocol) -> Score:

@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from lightning_prune.cli import main
 from lightning_prune.data import fashion
@@ -130,3 +132,39 @@ def test_export_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["export", "--ckpt_path", "x.ckpt", "--output", str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"samples": 1}, "samples: 1"),
+        ({"extractor": "inceptoin"}, "inceptoin"),
+        ({"extractor": "timm/no_such_network", "extractor_weights": "x"}, "no_such_network"),
+        ({"extractor": "inception", "extractor_weights": "/no/such.safetensors"}, "/no/such.safetensors"),
+        ({"extractor": "inception", "extractor_weights": "WRONG"}, "not the Inception weights"),
+        ({"further": ["fid"]}, "further"),
+        ({"beside": {"other": "/no/such/artifact"}}, "/no/such/artifact"),
+        ({"lpips_weights": "/no/such.pth"}, "/no/such.pth"),
+    ],
+)
+def test_evaluation_that_cannot_be(
+    settings: dict[str, object], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if settings.get("extractor_weights") == "WRONG":
+        save_file({"Conv2d_1a_3x3.conv.weight": torch.zeros(1)}, tmp_path / "wrong.safetensors")
+        settings = {**settings, "extractor_weights": str(tmp_path / "wrong.safetensors")}
+    config = yaml.safe_load(SMOKE.read_text())
+    name = "lightning_prune.callbacks.EfficiencyReport"
+    config["trainer"]["callbacks"] = [{"class_path": name, "init_args": {"steps": 2, **settings}}]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+    assert named in refused([], capsys, tmp_path, tmp_path / "x.yaml")
+
+
+def test_a_reference_of_another_extractor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    config = yaml.safe_load(SMOKE.read_text())
+    settings = {"samples": 100, "steps": 2, "reference": str(tmp_path / "other.npz"), "reference_samples": 5000}
+    report = {"class_path": "lightning_prune.callbacks.EfficiencyReport", "init_args": settings}
+    config["trainer"]["callbacks"] = [report]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+    assert "other.npz: 2048 dimensions" in refused([], capsys, tmp_path, tmp_path / "x.yaml")

@@ -21,6 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_status_3_and_one_line_when_not_met(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = checkpoint.parents[2]
     common = ["--config", str(SMOKE / "sparsedm_dit.yaml"), "--run.root", str(root), "--run.name", "run"]
+    common += ["--trainer.limit_test_batches=2"]
     assert main(["test", *common, "--ckpt_path", str(checkpoint), "--gate", "fd_fashion<=1e-3"]) == 3
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "gate" in line]
     assert line.startswith("lightning_prune: gate not met: fd_fashion of sparsedm 2:4 is ")

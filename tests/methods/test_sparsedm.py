@@ -153,3 +153,13 @@ def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) 
 def test_a_ramp_that_ends_elsewhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"ends at 3:4, but model\.sparsity is 2:4"):
         fit(tiny_sparsedm(), tmp_path, callbacks=[SparsityRamp(["7:8", "3:4"])])
+
+
+def test_n_equal_to_m_is_the_dense_control(tmp_path: Path) -> None:
+    module = tiny_sparsedm(sparsity="4:4")
+    assert list(module.variants()) == ["dense", "dense fine-tuned"]
+    assert not masked_layers(module.denoiser.network)
+    fit(module, tmp_path)
+    assert module.kept_fraction() == {"aten": 1.0}
+    start, trained = (network.network.state_dict() for network in module.variants().values())
+    assert any(not torch.equal(start[name], trained[name]) for name in start)

@@ -1,7 +1,7 @@
 """Reference moments: computed once, exchanged with other tools, refused when they are not what is asked for."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -37,6 +37,9 @@ class PixelExtractor:
 
     def __init__(self, sha256: str = "0" * 64, spatial: bool = True) -> None:
         self.sha256, self.spatial = sha256, spatial
+
+    def to(self, device: torch.device | str) -> Self:
+        return self
 
     def extract(self, images: Tensor) -> Extracted:
         flat = images.flatten(1).float()

@@ -26,7 +26,8 @@ class SparseDM(PruningModule):
         denoiser: the pretrained dense network; it is also the teacher.
         process: forward process and training target.
         optimizer: callable that makes the optimizer from the parameters.
-        sparsity: the pattern aimed at, "n:m"; without a ramp it holds from the first step.
+        sparsity: the pattern aimed at, "n:m"; without a ramp it holds from the first step. With n == m, as in "4:4",
+            training is dense under the same loss: the control of a pruned result.
         layers: regular expressions of the layers to mask; null masks every Linear and Conv2d that divides.
         dense_layers: regular expressions of layers to leave dense; null takes the backbone's own (embeddings,
             modulation, output).
@@ -73,7 +74,12 @@ class SparseDM(PruningModule):
         self._dense = Frozen(deepcopy(denoiser))
         exclude = denoiser.default_dense() if dense_layers is None else dense_layers
         self._units = select_units(denoiser.anatomy(), layers, exclude, self.target_sparsity.m)
-        self.masks = MaskSet(denoiser.network, self._units, self.target_sparsity)
+        self.masks = MaskSet(denoiser.network, self._units, self._pattern)
+
+    @property
+    def _pattern(self) -> Sparsity | None:
+        """The pattern to reach; None for n == m, the dense control."""
+        return None if self.target_sparsity.is_dense else self.target_sparsity
 
     # Training
 
@@ -121,6 +127,8 @@ class SparseDM(PruningModule):
     def variants(self) -> dict[str, Denoiser]:
         """The dense start, the same under one-shot magnitude masks, and the result."""
         dense = self._dense.on(self.device)
+        if self._pattern is None:
+            return {"dense": dense, "dense fine-tuned": self.denoiser}
         one_shot = deepcopy(dense)
         MaskSet(one_shot.network, self._units, self.target_sparsity)
         target = str(self.target_sparsity)

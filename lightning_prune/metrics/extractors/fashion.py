@@ -24,8 +24,8 @@ class FashionExtractor(NetworkExtractor):
     kernel_metric = "kd_fashion"
     dimensions = FEATURES
     resize = "none"
-    channels = (1,)
-    size = (32, 32)
+    channels: tuple[int, ...] = (1,)
+    size: tuple[int, int] | None = (32, 32)
     network: FashionClassifier
 
     def __init__(self, weights: str | Path | None = None, batch_size: int = 500) -> None:

@@ -232,6 +232,10 @@ class Evaluator:
         hits = None
         if self.extractor.name == DEFAULT_EXTRACTOR and found.logits is not None:
             hits = int((found.logits.argmax(dim=1) == labels).sum())
+        # Processes send each other what is kept here, so only what somebody asked for is.
+        logits = found.logits if "inception_score" in self.further else None
+        spatial = found.spatial if "spatial" in self.further else None
+        found = Extracted(found.features, logits, spatial)
         return _Part(found, hits, None if dense is None else drift(images, dense, self.perceptual))
 
     def _joined(self, parts: list[_Part], protocol: Protocol) -> Score:

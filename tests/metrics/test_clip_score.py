@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,8 @@ def pictures(count: int = 4) -> Tensor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers: Any = pytest.importorskip("transformers")  # of the extra [text]
+    import transformers  # takes seconds
+
     path = tmp_path_factory.mktemp("clip")
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     tokens = letters + [f"{c}</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]

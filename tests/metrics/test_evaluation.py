@@ -7,6 +7,7 @@ import torch
 
 from lightning_prune.data import EmbeddedFashion
 from lightning_prune.diffusion.process import Process
+from lightning_prune.metrics import features
 from lightning_prune.metrics.evaluation import Draw, Evaluator, SamplingSettings
 from lightning_prune.metrics.frechet import Distance
 from lightning_prune.metrics.reference import compute_reference, export_pytorch_fid, save_reference
@@ -75,6 +76,7 @@ def test_moments_from_a_file_give_the_same_distance(evaluator: Evaluator, tmp_pa
 
 def test_too_few_samples_for_the_dimensions_are_marked(evaluator: Evaluator) -> None:
     few = SamplingSettings(samples=40, steps=2, name="test")
+    features._warned().clear()  # it is said once a process, and another test may have been told
     with pytest.warns(UserWarning, match="rank deficient"):
         found = Evaluator(DATA).score({"dense": real}, few, PROCESS, "last")["dense"]
     assert found.protocol.rank_deficient

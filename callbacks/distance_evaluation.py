@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks.capability import require
 from lightning_prune.callbacks.progress import sampling_progress
-from lightning_prune.metrics.evaluation import DEFAULT_EXTRACTOR, Evaluator, Further, SamplingSettings
+from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings
 from lightning_prune.metrics.frechet import Distance
 from lightning_prune.protocols import CostModel, ImageSampler, VariantSource
 
@@ -24,13 +24,7 @@ class DistanceEvaluation(Callback):
         guidance: guidance scale; 1 is none.
         every_n_validations: validation passes between evaluations.
         batch_size: samples drawn at once.
-        extractor: network whose features are compared; see `lightning_prune.metrics.extractors`.
-        extractor_weights: file of its weights, where it does not ship with the package.
-        reference: file of moments to compare with, our own or pytorch-fid's or ADM's; null for the data's own split.
-        reference_samples: how many images of the reference split; null for all. With a `reference` that does not say
-            it, how many images that is of.
-        further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
-            "precision_recall"; see `docs/metrics.md`.
+        measurement: what samples are compared with, and how; null is `fd_fashion` alone.
     """
 
     def __init__(
@@ -40,32 +34,20 @@ class DistanceEvaluation(Callback):
         guidance: float = 1.0,
         every_n_validations: int = 1,
         batch_size: int = 100,
-        extractor: str = DEFAULT_EXTRACTOR,
-        extractor_weights: str | None = None,
-        reference: str | None = None,
-        reference_samples: int | None = None,
-        further: list[Further] | None = None,
+        measurement: Measurement | None = None,
     ) -> None:
         super().__init__()
         self.settings = SamplingSettings(
             samples=samples, steps=steps, guidance=guidance, batch_size=batch_size, name="during-training"
         )
         self.every_n_validations = every_n_validations
-        self.extractor, self.extractor_weights = extractor, extractor_weights
-        self.reference, self.reference_samples, self.further = reference, reference_samples, further or []
+        self.measurement = measurement or Measurement()
         self._passes = 0
         self._evaluator: Evaluator | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, ImageSampler, self)
-        self._evaluator = Evaluator(
-            trainer.datamodule,  # type: ignore[attr-defined]
-            self.extractor,
-            self.extractor_weights,
-            self.reference,
-            self.reference_samples,
-            self.further,
-        )
+        self._evaluator = Evaluator(trainer.datamodule, self.measurement)  # type: ignore[attr-defined]
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:

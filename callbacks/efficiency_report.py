@@ -32,7 +32,7 @@ from lightning_prune.export.report import (
     table_cells,
     write_report,
 )
-from lightning_prune.metrics.evaluation import DEFAULT_EXTRACTOR, Evaluator, Further, SamplingSettings, Score
+from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings, Score
 from lightning_prune.protocols import SparsityControl, VariantSource
 
 
@@ -49,14 +49,7 @@ class EfficiencyReport(Callback):
         timed_images: images drawn at once when seconds are measured.
         timed_repeats: turns of the interleaved measurement.
         batch_size: samples drawn at once, by one process.
-        extractor: network whose features are compared; see `lightning_prune.metrics.extractors`.
-        extractor_weights: file of its weights, where it does not ship with the package.
-        reference: file of moments to compare with, our own or pytorch-fid's or ADM's; null for the data's own split.
-        reference_samples: how many images of the reference split; null for all. With a `reference` that does not say
-            it, how many images that is of.
-        further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
-            "precision_recall"; see `docs/metrics.md`.
-        lpips_weights: file of torchvision's AlexNet; with it drift from the dense network has LPIPS too.
+        measurement: what samples are compared with, and how; null is `fd_fashion` alone.
         beside: artifacts of other runs to report beside this one's networks, folders by row name.
     """
 
@@ -69,20 +62,14 @@ class EfficiencyReport(Callback):
         timed_images: int = 64,
         timed_repeats: int = 3,
         batch_size: int = 100,
-        extractor: str = DEFAULT_EXTRACTOR,
-        extractor_weights: str | None = None,
-        reference: str | None = None,
-        reference_samples: int | None = None,
-        further: list[Further] | None = None,
-        lpips_weights: str | None = None,
+        measurement: Measurement | None = None,
         beside: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.settings = SamplingSettings(samples, steps, guidance, batch_size=batch_size, name=protocol)
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
-        self.extractor, self.extractor_weights = extractor, extractor_weights
-        self.reference, self.reference_samples, self.further = reference, reference_samples, further or []
-        self.lpips_weights, self.beside = lpips_weights, beside or {}
+        self.measurement = measurement or Measurement()
+        self.beside = beside or {}
         self.scores: dict[str, Score] = {}
         self._others: dict[str, Denoiser] = {}
         self._evaluator: Evaluator | None = None
@@ -96,15 +83,7 @@ class EfficiencyReport(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, VariantSource, self)
         self._others = {name: load(folder) for name, folder in self.beside.items()}
-        self._evaluator = Evaluator(
-            trainer.datamodule,  # type: ignore[attr-defined]
-            self.extractor,
-            self.extractor_weights,
-            self.reference,
-            self.reference_samples,
-            self.further,
-            self.lpips_weights,
-        )
+        self._evaluator = Evaluator(trainer.datamodule, self.measurement)  # type: ignore[attr-defined]
 
     def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report; called with the final, averaged weights in place."""

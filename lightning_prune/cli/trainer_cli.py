@@ -97,7 +97,7 @@ class PruningCLI(LightningCLI):
         """A condition that cannot be checked is refused before the work, not after."""
         if self.gate:
             report = self._report_callback()
-            metric = load_extractor(report.extractor, report.extractor_weights).metric
+            metric = load_extractor(report.measurement.extractor, report.measurement.weights).metric
             self.gate.check_names(metric, report.row_names(self.model))
 
     def _report_callback(self) -> EfficiencyReport:

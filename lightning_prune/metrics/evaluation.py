@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,29 @@ from lightning_prune.world import World
 Draw = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_EXTRACTOR = "fashion_classifier"
 Further = Literal["kernel", "spatial", "inception_score", "precision_recall"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What samples are compared with, and by which measures.
+
+    Args:
+        extractor: network whose features are compared; see `lightning_prune.metrics.extractors`.
+        weights: file of its weights, where it does not ship with the package.
+        reference: file of moments to compare with, our own or pytorch-fid's or ADM's; null for the data's own split.
+        reference_samples: how many images of the reference split, and at most of the held-out one; null for all. With
+            a `reference` that does not say it, how many images that is of.
+        further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
+            "precision_recall"; see `docs/metrics.md`.
+        lpips_weights: file of torchvision's AlexNet; with it drift from the dense network has LPIPS too.
+    """
+
+    extractor: str = DEFAULT_EXTRACTOR
+    weights: str | None = None
+    reference: str | None = None
+    reference_samples: int | None = None
+    further: list[Further] = field(default_factory=list)
+    lpips_weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,33 +129,17 @@ class Evaluator:
 
     Args:
         data: where the reference comes from.
-        extractor: name of the feature extractor, or one.
-        weights: file of its weights, where it does not ship with the package.
-        reference: file of moments to compare with, our own or pytorch-fid's or ADM's; null for the data's own split.
-        reference_samples: how many images of the reference split, and at most of the held-out one; null for all. With
-            a `reference` that does not say it, how many images that is of.
-        further: measures beside the Frechet distance: "kernel" (KID), "spatial" (sFID), "inception_score",
-            "precision_recall".
-        lpips_weights: file of torchvision's AlexNet; with it drift has LPIPS too.
+        measurement: what is measured.
     """
 
-    def __init__(
-        self,
-        data: ReferenceData,
-        extractor: str | FeatureExtractor = DEFAULT_EXTRACTOR,
-        weights: str | None = None,
-        reference: str | None = None,
-        reference_samples: int | None = None,
-        further: Sequence[Further] = (),
-        lpips_weights: str | None = None,
-    ) -> None:
-        self.data, self.reference_file, self.reference_samples = data, reference, reference_samples
-        self.further = further
-        self.perceptual = Lpips(lpips_weights) if lpips_weights else None
-        self.extractor = load_extractor(extractor, weights) if isinstance(extractor, str) else extractor
+    def __init__(self, data: ReferenceData, measurement: Measurement | None = None) -> None:
+        chosen = measurement or Measurement()
+        self.data, self.measurement = data, chosen
+        self.perceptual = Lpips(chosen.lpips_weights) if chosen.lpips_weights else None
+        self.extractor: FeatureExtractor = load_extractor(chosen.extractor, chosen.weights)
         if self.extractor.name == DEFAULT_EXTRACTOR and getattr(data, "name", None) != "fashion":
             raise InputError(f"data: fd_fashion compares with Fashion-MNIST, got {type(data).__name__}")
-        if reference is not None:
+        if chosen.reference is not None:
             _ = self._reference  # a wrong file is refused before a run begins, not after it
 
     def to(self, device: torch.device | str) -> Evaluator:
@@ -143,14 +150,15 @@ class Evaluator:
         return self
 
     def _reference_images(self) -> Tensor:
-        images: Tensor = self.data.split("reference").images[: self.reference_samples]
+        images: Tensor = self.data.split("reference").images[: self.measurement.reference_samples]
         return images
 
     @cached_property
     def _reference(self) -> Reference:
         """Moments of the reference; those of a large extractor are kept on disk, as they take minutes."""
-        if self.reference_file is not None:
-            return read_reference(Path(self.reference_file), self.extractor, self.reference_samples)
+        if self.measurement.reference is not None:
+            file = Path(self.measurement.reference)
+            return read_reference(file, self.extractor, self.measurement.reference_samples)
         images = self._reference_images()
         content = hashlib.sha256(images.numpy().tobytes()).hexdigest()
         name = f"{self.data.name} reference split, {len(images)} images, sha256 {content}"
@@ -166,8 +174,8 @@ class Evaluator:
     @cached_property
     def reference_features(self) -> Tensor:
         """Features [N, D] of the reference images."""
-        if self.reference_file is not None:
-            raise InputError(f"further: {self.reference_file} holds moments, but this measure needs reference images")
+        if (file := self.measurement.reference) is not None:
+            raise InputError(f"further: {file} holds moments, but this measure needs reference images")
         return self.extractor.extract(self._reference_images()).features
 
     def distance_of(self, images: Tensor) -> Distance:
@@ -176,7 +184,7 @@ class Evaluator:
 
     def floor(self) -> Distance:
         """The distance of the held-out real images from the reference: no model can be expected below it."""
-        return self.distance_of(self.data.split("held_out").images[: self.reference_samples])
+        return self.distance_of(self.data.split("held_out").images[: self.measurement.reference_samples])
 
     def protocol(self, settings: SamplingSettings, process: Process, weights: str) -> Protocol:
         """The protocol of a score drawn with `settings` from networks trained on `process`."""
@@ -233,8 +241,8 @@ class Evaluator:
         if self.extractor.name == DEFAULT_EXTRACTOR and found.logits is not None:
             hits = int((found.logits.argmax(dim=1) == labels).sum())
         # Processes send each other what is kept here, so only what somebody asked for is.
-        logits = found.logits if "inception_score" in self.further else None
-        spatial = found.spatial if "spatial" in self.further else None
+        logits = found.logits if "inception_score" in self.measurement.further else None
+        spatial = found.spatial if "spatial" in self.measurement.further else None
         found = Extracted(found.features, logits, spatial)
         return _Part(found, hits, None if dense is None else drift(images, dense, self.perceptual))
 
@@ -254,7 +262,7 @@ class Evaluator:
 
     def _further(self, found: Extracted) -> dict[str, Distance | float]:
         values: dict[str, Distance | float] = {}
-        for name in self.further:
+        for name in self.measurement.further:
             if name == "kernel":
                 values[self.extractor.kernel_metric] = kernel_distance(found.features, self.reference_features)
             elif name == "spatial":

@@ -134,14 +134,20 @@ def test_export_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixtu
     shutil.rmtree(tmp_path / "out")
 
 
+def placed(settings: dict[str, object]) -> dict[str, object]:
+    """Settings of a report, those of its measurement where they belong."""
+    own = {key: value for key, value in settings.items() if key in ("samples", "steps", "beside")}
+    return {**own, "measurement": {key: value for key, value in settings.items() if key not in own}}
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"samples": 1}, "samples: 1"),
         ({"extractor": "inceptoin"}, "inceptoin"),
-        ({"extractor": "timm/no_such_network", "extractor_weights": "x"}, "no_such_network"),
-        ({"extractor": "inception", "extractor_weights": "/no/such.safetensors"}, "/no/such.safetensors"),
-        ({"extractor": "inception", "extractor_weights": "WRONG"}, "not the Inception weights"),
+        ({"extractor": "timm/no_such_network", "weights": "x"}, "no_such_network"),
+        ({"extractor": "inception", "weights": "/no/such.safetensors"}, "/no/such.safetensors"),
+        ({"extractor": "inception", "weights": "WRONG"}, "not the Inception weights"),
         ({"further": ["fid"]}, "further"),
         ({"beside": {"other": "/no/such/artifact"}}, "/no/such/artifact"),
         ({"lpips_weights": "/no/such.pth"}, "/no/such.pth"),
@@ -150,12 +156,12 @@ def test_export_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_evaluation_that_cannot_be(
     settings: dict[str, object], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if settings.get("extractor_weights") == "WRONG":
+    if settings.get("weights") == "WRONG":
         save_file({"Conv2d_1a_3x3.conv.weight": torch.zeros(1)}, tmp_path / "wrong.safetensors")
-        settings = {**settings, "extractor_weights": str(tmp_path / "wrong.safetensors")}
+        settings = {**settings, "weights": str(tmp_path / "wrong.safetensors")}
     config = yaml.safe_load(SMOKE.read_text())
     name = "lightning_prune.callbacks.EfficiencyReport"
-    config["trainer"]["callbacks"] = [{"class_path": name, "init_args": {"steps": 2, **settings}}]
+    config["trainer"]["callbacks"] = [{"class_path": name, "init_args": {"steps": 2, **placed(settings)}}]
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     assert named in refused([], capsys, tmp_path, tmp_path / "x.yaml")
 
@@ -164,7 +170,7 @@ def test_a_reference_of_another_extractor(tmp_path: Path, capsys: pytest.Capture
     np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     config = yaml.safe_load(SMOKE.read_text())
     settings = {"samples": 100, "steps": 2, "reference": str(tmp_path / "other.npz"), "reference_samples": 5000}
-    report = {"class_path": "lightning_prune.callbacks.EfficiencyReport", "init_args": settings}
+    report = {"class_path": "lightning_prune.callbacks.EfficiencyReport", "init_args": placed(settings)}
     config["trainer"]["callbacks"] = [report]
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     assert "other.npz: 2048 dimensions" in refused([], capsys, tmp_path, tmp_path / "x.yaml")

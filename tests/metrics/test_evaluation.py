@@ -8,7 +8,7 @@ import torch
 from lightning_prune.data import EmbeddedFashion
 from lightning_prune.diffusion.process import Process
 from lightning_prune.metrics import features
-from lightning_prune.metrics.evaluation import Draw, Evaluator, SamplingSettings
+from lightning_prune.metrics.evaluation import Draw, Evaluator, Measurement, SamplingSettings
 from lightning_prune.metrics.frechet import Distance
 from lightning_prune.metrics.reference import compute_reference, export_pytorch_fid, save_reference
 from lightning_prune.pixels import to_unit_range
@@ -31,7 +31,7 @@ def noisy(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return Evaluator(DATA, further=["kernel", "precision_recall", "inception_score"])
+    return Evaluator(DATA, Measurement(further=["kernel", "precision_recall", "inception_score"]))
 
 
 def score(evaluator: Evaluator, **draws: Draw) -> dict:  # type: ignore[type-arg]
@@ -54,7 +54,7 @@ def test_further_measures_have_their_own_names(evaluator: Evaluator) -> None:
     assert found["dense"].further["kd_fashion"].value < found["pruned"].further["kd_fashion"].low
     assert found["dense"].further["precision"] > found["pruned"].further["precision"]
     with pytest.raises(InputError, match="no spatial features"):
-        score(Evaluator(DATA, further=["spatial"]), dense=real)
+        score(Evaluator(DATA, Measurement(further=["spatial"])), dense=real)
 
 
 def test_moments_from_a_file_give_the_same_distance(evaluator: Evaluator, tmp_path: Path) -> None:
@@ -64,14 +64,14 @@ def test_moments_from_a_file_give_the_same_distance(evaluator: Evaluator, tmp_pa
     export_pytorch_fid(reference, tmp_path / "theirs.npz")
     expected = score(evaluator, dense=real)["dense"]
     for name, samples in (("ours", None), ("theirs", len(images))):
-        external = Evaluator(DATA, reference=str(tmp_path / f"{name}.npz"), reference_samples=samples)
+        external = Evaluator(DATA, Measurement(reference=str(tmp_path / f"{name}.npz"), reference_samples=samples))
         found = score(external, dense=real)["dense"]
         assert found.fd.value == pytest.approx(expected.fd.value, rel=1e-9)
         assert found.protocol.hash != expected.protocol.hash, "what it was compared with is part of the protocol"
     with pytest.raises(InputError, match=r"theirs\.npz: does not say how many"):
-        score(Evaluator(DATA, reference=str(tmp_path / "theirs.npz")), dense=real)
+        score(Evaluator(DATA, Measurement(reference=str(tmp_path / "theirs.npz"))), dense=real)
     with pytest.raises(InputError, match="needs reference images"):
-        score(Evaluator(DATA, reference=str(tmp_path / "ours.npz"), further=["kernel"]), dense=real)
+        score(Evaluator(DATA, Measurement(reference=str(tmp_path / "ours.npz"), further=["kernel"])), dense=real)
 
 
 def test_too_few_samples_for_the_dimensions_are_marked(evaluator: Evaluator) -> None:

@@ -170,7 +170,7 @@ def count_denoiser(denoiser: Denoiser) -> Ledger:
     x = torch.zeros(1, *denoiser.sample_shape, device=weight.device, dtype=weight.dtype)
     t = torch.zeros(1, device=weight.device, dtype=torch.long)
     with _evaluating(denoiser):
-        return ledger_of(denoiser.network, trace(denoiser.network, lambda: denoiser(x, t, t.clone())))
+        return ledger_of(denoiser.network, trace(denoiser.network, lambda: denoiser(x, t, denoiser.blank_condition(1, weight.device))))
 
 
 @contextmanager

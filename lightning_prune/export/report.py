@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_prune import __version__
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
@@ -23,13 +20,13 @@ from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.evaluation import Score, balanced_labels
 from lightning_prune.metrics.frechet import Distance, paired_difference
 from lightning_prune.metrics.latency import interleaved_medians
+from lightning_prune.metrics.machine import versions
 from lightning_prune.metrics.macs import weight_statistics
 from lightning_prune.metrics.trajectory import TrajectoryCost, trajectory_cost
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.masks import MaskedLayer, effective_state
 
 SCHEMA = 1
-_LIBRARIES = ("torch", "lightning", "diffusers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -123,12 +120,11 @@ def build_report(
     protocols = {score.protocol.hash: score.protocol.content() for score in scores.values()}
     if len(protocols) != 1:
         raise InputError(f"report: rows of {len(protocols)} protocols cannot stand in one table: {sorted(protocols)}")
-    versions = {"lightning_prune": __version__, "python": platform.python_version()}
     return {
         "schema": SCHEMA,
         "method": method,
         "config": dict(config),
-        "versions": versions | {name: metadata.version(name) for name in _LIBRARIES},
+        "versions": versions(),
         "protocols": protocols,
         "floor": {"value": floor.value, "low": floor.low, "high": floor.high, "samples": len(floor.influence)},
         "rows": [dict(r) for r in rows],

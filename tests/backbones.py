@@ -104,6 +104,7 @@ class Backbone:
     pipeline: Callable[[Any], Any] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     is_flow: bool = False
+    shift: float = 1.0
 
     def network(self, seed: int = 0) -> Any:
         """A random network of the stock class. Parameters that start as zeros are random too, so that all matter."""
@@ -149,7 +150,6 @@ class Backbone:
 def ddim() -> DDIMScheduler:
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
-        set_alpha_to_one=False,
     )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ BACKBONES = [
     Backbone("sd21", UNet2DCondition, SD2_CONFIG, "unet", _stable_diffusion, TEXT),
     Backbone("sdxl", UNet2DCondition, SDXL_CONFIG, "unet", _sdxl, TEXT),
     Backbone("pixart", PixArt, PIXART_CONFIG, "transformer", _pixart, TEXT),
-    Backbone("sd3", SD3, SD3_CONFIG, "transformer", _sd3, TEXT, is_flow=True),
+    Backbone("sd3", SD3, SD3_CONFIG, "transformer", _sd3, TEXT, is_flow=True, shift=3.0),
     Backbone("flux", Flux, FLUX_CONFIG, "transformer", _flux, TEXT | {"sample_size": 8}, is_flow=True),
     Backbone("uvit", UViT, UVIT_CONFIG),
     Backbone("uvit_classes", UViT, UVIT_CONFIG | {"num_classes": 11, "mlp_time_embed": True, "conv": False}),

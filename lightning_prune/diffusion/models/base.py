@@ -63,8 +63,8 @@ class Denoiser(nn.Module, ABC):
         return torch.zeros(batch, dtype=torch.long, device=device)
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance by this family's rule, here uncond + w (cond - uncond) in every channel."""
-        return unconditional + scale * (conditional - unconditional)
+        """Classifier-free guidance by this family's rule, here in every channel."""
+        return guide_every_channel(conditional, unconditional, scale)
 
     # Description
 
@@ -90,3 +90,7 @@ class Denoiser(nn.Module, ABC):
         """Further arguments of the constructor that an artefact has to keep."""
         return {}
 
+
+def guide_every_channel(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """uncond + w (cond - uncond) (Ho and Salimans 2022)."""
+    return unconditional + scale * (conditional - unconditional)

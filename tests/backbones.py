@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,6 +23,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from lightning_prune.data.loader import ResumableLoader
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.models.dit import DiT
@@ -31,6 +33,8 @@ from lightning_prune.diffusion.models.sd3 import SD3
 from lightning_prune.diffusion.models.unet2d import UNet2D
 from lightning_prune.diffusion.models.unet2d_condition import UNet2DCondition
 from lightning_prune.diffusion.models.uvit import UViT
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.solvers import Sampler
 from tests.factories import DIT_CONFIG, UNET_CONFIG
 
 TOKENS = 5
@@ -89,7 +93,14 @@ FLUX_CONFIG: dict[str, Any] = {
     "axes_dims_rope": [2, 2, 4],
     "guidance_embeds": True,
 }
-UVIT_CONFIG: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
+UVIT_CONFIG: dict[str, Any] = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 3,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+}
 LATENT_DIT = DIT_CONFIG | {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8}
 
 
@@ -129,6 +140,16 @@ class Backbone:
         torch.manual_seed(seed)
         return self.family(config=dict(self.config), **self.arguments)
 
+    def process(self) -> Process:
+        """The process its pipeline samples."""
+        if self.is_flow:
+            return Process("flow", "flow", clip_sample=False, shift=self.shift)
+        return Process("scaled_linear", "epsilon", 1000, 0.00085, 0.012, clip_sample=False)
+
+    def sampler(self, steps: int = 2, guidance: float = 1.0) -> Sampler:
+        """A sampler that goes with it."""
+        return Sampler("flow-euler" if self.is_flow else "ddim", steps, guidance)
+
     def condition(self, denoiser: Denoiser, batch: int, seed: int = 0) -> Condition:
         """Random labels or prompts; masks hide the last token."""
         generator = torch.Generator().manual_seed(seed)
@@ -145,6 +166,27 @@ class Backbone:
         """A training batch."""
         x = torch.randn(size, *denoiser.sample_shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
         return {"x": x, "cond": self.condition(denoiser, size, seed), "id": torch.arange(size)}
+
+
+class TinyData(pl.LightningDataModule):
+    """Random samples of the kind a network takes; labels or prompts."""
+
+    def __init__(self, backbone: Backbone, denoiser: Denoiser, samples: int = 4) -> None:
+        super().__init__()
+        self.num_classes = denoiser.num_classes
+        self.samples = [_first(backbone.batch(denoiser, 1, seed), seed) for seed in range(samples)]
+
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(self.samples, batch_size=2)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(self.samples, batch_size=2, shuffle=False)  # type: ignore[arg-type]
+
+
+def _first(batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    cond = batch["cond"]
+    one = cond[0] if isinstance(cond, Tensor) else {key: value[0] for key, value in cond.items()}
+    return {"x": batch["x"][0], "cond": one, "id": torch.tensor(seed)}
 
 
 def ddim() -> DDIMScheduler:

@@ -98,7 +98,9 @@ def test_every_weight_takes_part(backbone: Backbone) -> None:
     denoiser(x, t, cond).square().mean().backward()
     idle = {name for name, p in denoiser.network.named_parameters() if p.grad is None or not p.grad.any()}
     # The last joint block of SD3 gives no prompt on, so nothing asks on its behalf.
-    queries = {f"transformer_blocks.1.attn.{name}" for name in ("add_q_proj.bias", "add_q_proj.weight", "norm_added_q.weight")}
+    queries = {
+        f"transformer_blocks.1.attn.{name}" for name in ("add_q_proj.bias", "add_q_proj.weight", "norm_added_q.weight")
+    }
     assert idle == (queries if backbone.name == "sd3" else set())
 
 

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_prune.diffusion.models.dit import DiT
-from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import guided, initial_noise, sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.protocols import InputError
@@ -66,10 +65,10 @@ def test_samples_are_those_of_the_families_own_pipeline(name: str, tmp_path: Pat
     cond: Any = backbone.condition(backbone.load(folder), len(IDS))
     file, null = empty_prompt(tmp_path, cond)
     denoiser = backbone.family(weights=str(folder), **{**backbone.arguments, "null_prompt": str(file)})
+    process = backbone.process()
     if backbone.is_flow:
-        process, sampler = Process("flow", "flow", clip_sample=False, shift=backbone.shift), Sampler("flow-euler", STEPS, SCALE)
+        sampler = Sampler("flow-euler", STEPS, SCALE)
     else:
-        process = Process("scaled_linear", "epsilon", 1000, 0.00085, 0.012, clip_sample=False)
         sampler = Sampler("ddim", STEPS, SCALE, spacing="leading")
     ours = sample_images(denoiser, process, IDS, cond, sampler)
     assert backbone.pipeline is not None

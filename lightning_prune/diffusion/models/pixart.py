@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from diffusers import ModelMixin, PixArtTransformer2DModel
 from torch import Tensor
 

@@ -82,7 +82,9 @@ class TextDenoiser(Denoiser):
         if null is None:
             raise InputError(f"{self.null_prompt}: holds no {key}")
         if null.shape not in (like.shape[1:], (1, *like.shape[1:])):
-            raise InputError(f"{self.null_prompt}: {key} is {list(null.shape)}, that of a prompt {list(like.shape[1:])}")
+            raise InputError(
+                f"{self.null_prompt}: {key} is {list(null.shape)}, that of a prompt {list(like.shape[1:])}"
+            )
         return null.to(like).reshape(1, *like.shape[1:]).expand_as(like)
 
     def _null_tensors(self) -> dict[str, Tensor]:
@@ -96,7 +98,11 @@ class TextDenoiser(Denoiser):
         return self._null
 
     def parts(self, cond: Condition) -> Mapping[str, Tensor]:
-        """`cond` as a mapping that holds what this family needs. Raises `InputError` naming what is missing."""
+        """`cond` as a mapping that holds what this family needs, in the network's type; caches may be in another.
+
+        Raises:
+            InputError: labels instead of prompts, or a key that is missing or of another width.
+        """
         if isinstance(cond, Tensor):
             raise InputError(f"cond: {type(self).__name__} takes embedded prompts by name, not class labels")
         for key, shape in self.condition_shapes().items():
@@ -104,7 +110,8 @@ class TextDenoiser(Denoiser):
                 raise InputError(f"cond: {type(self).__name__} needs {key}; the batch holds {', '.join(sorted(cond))}")
             if cond[key].shape[-1] != shape[-1] and key != "mask":
                 raise InputError(f"cond.{key}: last dimension {cond[key].shape[-1]}, the network takes {shape[-1]}")
-        return cond
+        dtype = next(self.network.parameters()).dtype
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
 
     def arguments(self) -> dict[str, Any]:
         given = {"null_prompt": self.null_prompt, "text_tokens": self.text_tokens}

@@ -77,7 +77,8 @@ def test_a_stored_pipeline_gives_the_untouched_networks_output(backbone: Backbon
     """Bit for bit: as loaded, and with every mask dense."""
     denoiser = backbone.load(backbone.save(tmp_path))
     assert type(denoiser.network) is backbone.family.network_class
-    stock = backbone.family.network_class.from_pretrained(tmp_path, subfolder=backbone.component or None).eval()
+    stock_class: Any = backbone.family.network_class
+    stock = stock_class.from_pretrained(tmp_path, subfolder=backbone.component or None).eval()
     x, t, cond = inputs(backbone, denoiser)
     expected = stock_output(backbone, stock, x, t, cond)
     assert expected.std() > 0

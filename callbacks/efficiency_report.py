@@ -32,6 +32,7 @@ from lightning_prune.export.report import (
     row,
     seconds_per_image,
     table_cells,
+    with_fewer_steps,
     write_report,
 )
 from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings, Score
@@ -54,6 +55,7 @@ class EfficiencyReport(Callback):
         measurement: what samples are compared with, and how; null is `fd_fashion` alone.
         beside: artifacts of other runs to report beside this one's networks, folders by row name.
         sampler: the solver.
+        fewer_steps: also report the first network, the dense one, with as many steps as the result's MACs allow.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class EfficiencyReport(Callback):
         measurement: Measurement | None = None,
         beside: dict[str, str] | None = None,
         sampler: SamplerName = "ddim",
+        fewer_steps: bool = False,
     ) -> None:
         super().__init__()
         self.settings = SamplingSettings(
@@ -76,6 +79,7 @@ class EfficiencyReport(Callback):
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
         self.measurement = measurement or Measurement()
         self.beside = beside or {}
+        self.fewer_steps = fewer_steps
         self.scores: dict[str, Score] = {}
         self._others: dict[str, Denoiser] = {}
         self._evaluator: Evaluator | None = None
@@ -101,6 +105,8 @@ class EfficiencyReport(Callback):
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         source = require(pl_module, VariantSource, self)
         variants = self._variants(source, pl_module.device)
+        if self.fewer_steps:
+            variants = with_fewer_steps(variants, source.process, self.settings.sampler)
         self.evaluator.to(pl_module.device)
         with torch.random.fork_rng(devices=[]):
             self.scores = self._scored(trainer, source, variants)

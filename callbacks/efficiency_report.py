@@ -55,6 +55,7 @@ class EfficiencyReport(Callback):
         measurement: what samples are compared with, and how; null is `fd_fashion` alone.
         beside: artifacts of other runs to report beside this one's networks, folders by row name.
         sampler: the solver.
+        sample_seed: seed of the starting noise.
         fewer_steps: also report the first network, the dense one, with as many steps as the result's MACs allow.
     """
 
@@ -70,12 +71,11 @@ class EfficiencyReport(Callback):
         measurement: Measurement | None = None,
         beside: dict[str, str] | None = None,
         sampler: SamplerName = "ddim",
+        sample_seed: int = 0,
         fewer_steps: bool = False,
     ) -> None:
         super().__init__()
-        self.settings = SamplingSettings(
-            samples, Sampler(sampler, steps, guidance), batch_size=batch_size, name=protocol
-        )
+        self.settings = SamplingSettings(samples, Sampler(sampler, steps, guidance), sample_seed, batch_size, protocol)
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
         self.measurement = measurement or Measurement()
         self.beside = beside or {}
@@ -128,7 +128,7 @@ class EfficiencyReport(Callback):
 
             def draw(variant: Variant, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
                 sampler = variant.sampler or settings.sampler
-                images = sample_images(variant.denoiser, source.process, ids, labels, sampler)
+                images = sample_images(variant.denoiser, source.process, ids, labels, sampler, settings.seed)
                 advance(len(ids) * world)
                 return images
 
@@ -146,7 +146,7 @@ class EfficiencyReport(Callback):
         method = type(pl_module).__name__.lower()
         report = build_report(method, _config(trainer), rows, self.scores, self.evaluator.floor())
         notes = _notes(report, found)
-        write_report(report, notes, folder, name)
+        write_report(report, notes, self.scores, folder, name)
         _print(report, notes, folder, name)
         _log_tables(trainer, pl_module, report)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
@@ -242,8 +243,16 @@ def table_cells(report: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def write_report(report: Mapping[str, Any], notes: Sequence[str], folder: Path, name: str = "report") -> None:
-    """Write `<name>.json` and `<name>.md` into `folder`, made if need be."""
+def write_report(
+    report: Mapping[str, Any], notes: Sequence[str], scores: Mapping[str, Score], folder: Path, name: str = "report"
+) -> None:
+    """Write `<name>.json` and `<name>.md` into `folder`, made if need be.
+
+    `<name>-influence.safetensors` beside them holds each sample's influence on the distance, by row, from which
+    networks of different runs are compared in pairs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    influence = {row: score.fd.influence.float().contiguous() for row, score in scores.items()}
+    save_file(influence, folder / f"{name}-influence.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / f"{name}.md").write_text(to_markdown(report, notes))

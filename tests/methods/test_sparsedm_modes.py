@@ -206,10 +206,13 @@ def test_a_pattern_by_step_is_that_of_each_step_and_costs_what_it_says() -> None
     def look(index: int) -> None:
         seen.append(str(next(iter(stepwise.masks.layers.values())).sparsity))
 
-    arguments: Any = (stepwise, process, torch.arange(2), cond, Sampler(steps=5), 0)
-    first = sample_images(*arguments, look)
+    def draw(on_step: Any = None) -> torch.Tensor:
+        network: Any = stepwise
+        return sample_images(network, process, torch.arange(2), cond, Sampler(steps=5), on_step=on_step)
+
+    first = draw(look)
     assert seen == ["None", "None", "None", "2:4", "2:4"]
-    assert torch.equal(sample_images(*arguments), first), "a second trajectory begins dense again"
+    assert torch.equal(draw(), first), "a second trajectory begins dense again"
     masked = deepcopy(denoiser)
     MaskSet(masked.network, units, TWO_FOUR)
     dense, pruned = (trajectory_cost(network, process, Sampler(steps=1)).macs() for network in (denoiser, masked))

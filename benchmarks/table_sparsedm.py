@@ -41,8 +41,20 @@ UNET = (
 )
 
 
+# The longer run, what it is held against, and what was tried to bring it within the dense fine-tuned network.
+LONG = {
+    "sparsedm-long": (),
+    "sparsedm-long-distill-only": ("--model.noise_weight=0.0",),
+    "sparsedm-long-freeze": ("--model.freeze_masks_at=0.85",),
+    "sparsedm-long-muon": ("--model.optimizer=timm.optim.muon.Muon", "--model.optimizer.lr=0.003"),
+}
+
+
 def jobs() -> Iterator[Job]:
-    """Every run of the table, cheapest to need first."""
+    """Every run of the table."""
+    yield _long("dense-fine-tuned-long", "baselines/dense-fine-tuned.yaml", ())
+    for variant, options in LONG.items():
+        yield _long(variant, "sparsedm/fashion_dit_2to4.yaml", options)
     for network in ("fashion_dit", "fashion_unet"):
         for seed in SEEDS:
             yield _control(network, seed)
@@ -65,6 +77,21 @@ def _control(network: str, seed: int) -> Job:
         config="baselines/dense-fine-tuned.yaml",
         options=options + learning_rate,
         minutes=MINUTES[network],
+    )
+
+
+def _long(variant: str, config: str, options: tuple[str, ...]) -> Job:
+    dense = variant == "dense-fine-tuned-long"
+    return Job(
+        name=f"fashion_dit-{variant}-0",
+        network="fashion_dit",
+        rows={"dense fine-tuned" if dense else "sparsedm 2:4": variant},
+        target="4:4" if dense else "2:4",
+        seed=0,
+        config=config,
+        options=options,
+        tier="extension",
+        minutes=15.0,
     )
 
 
@@ -96,11 +123,9 @@ def markdown(table: Table) -> str:
 
 
 def _line(table: Table, row: Row) -> str:
-    controls = [
-        other
-        for other in table.rows
-        if (other["network"], other["seed"], other["variant"]) == (row["network"], row["seed"], "dense-fine-tuned")
-    ]
+    control = "dense-fine-tuned-long" if "-long" in row["variant"] else "dense-fine-tuned"
+    wanted = (row["network"], row["seed"], control)
+    controls = [other for other in table.rows if (other["network"], other["seed"], other["variant"]) == wanted]
     paired = table.difference(row, controls[0]) if controls and controls[0] is not row else None
     cells = [row["network"], row["variant"], str(row["seed"]), distance_cell(row), interval(paired)]
     return f"| {' | '.join(cells)} | {row['macs_per_image'] / 1e9:.2f} G |"

@@ -50,7 +50,7 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
         "schema": SCHEMA,
         "lightning_prune": __version__,
         "method": [method],
-        "base": {"class": denoiser.network_class.__name__, "weights": denoiser.weights},
+        "base": _base(denoiser),
         "files": {name: sha256(folder / name) for name in (_WEIGHTS, "config.json")},
         "masks": {name: str(layer.sparsity) for name, layer in masked_layers(denoiser.network).items()},
         **details,
@@ -60,6 +60,12 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     return final
+
+
+def _base(denoiser: Denoiser) -> dict[str, Any]:
+    """The network it was made from, and what its family has to be told besides the weights."""
+    base = {"class": denoiser.network_class.__name__, "weights": denoiser.weights}
+    return base | ({"arguments": denoiser.arguments()} if denoiser.arguments() else {})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -92,8 +98,8 @@ def load(path: str | Path) -> Denoiser:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    name = manifest["base"]["class"]
+    name, arguments = manifest["base"]["class"], manifest["base"].get("arguments", {})
     if name not in families():
         raise InputError(f"{folder / MANIFEST}: no backbone is known for {name}")
-    denoiser: Denoiser = families()[name](weights=str(folder))
+    denoiser: Denoiser = families()[name](weights=str(folder), **arguments)
     return denoiser.eval()

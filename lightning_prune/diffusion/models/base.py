@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_prune.checksums import sha256
-from lightning_prune.protocols import InputError, PrunableUnit
+from lightning_prune.diffusion.widths import width_groups
+from lightning_prune.protocols import InputError, PrunableUnit, WidthGroup
 
 EMBEDDED = "embedded:"
 _ASSETS = Path(__file__).parents[2] / "assets"
@@ -73,6 +74,10 @@ class Denoiser(nn.Module, ABC):
             for name, layer in self.network.named_modules()
             if isinstance(layer, nn.Linear | nn.Conv2d)
         ]
+
+    def groups(self) -> Sequence[WidthGroup]:
+        """Every inner width that can be cut, in definition order."""
+        return width_groups(self.network)
 
     def config(self) -> dict[str, Any]:
         """The diffusers configuration of the network, enough to build it again."""

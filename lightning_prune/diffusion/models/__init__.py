@@ -14,4 +14,5 @@ def families() -> dict[str, type[Denoiser]]:
     """Every known family by the name of its diffusers class; a new file in this folder is found by itself."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {family.network_class.__name__: family for family in Denoiser.__subclasses__()}
+    found = [family for family in Denoiser.__subclasses__() if "network_class" in vars(family)]
+    return {family.network_class.__name__: family for family in found}

@@ -46,7 +46,6 @@ def test_dynamic_finds_the_least_error(seed: int, target: float) -> None:
     found = dynamic(given, budget, buckets=given.dense_macs)
     assert given.macs(found) <= budget
     assert given.error(found) == pytest.approx(least)
-    assert given.error(dynamic(given, budget)) <= 1.05 * least, "a coarser budget costs little"
 
 
 @pytest.mark.parametrize("target", [0.2, 0.33, 0.5])

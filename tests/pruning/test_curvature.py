@@ -51,7 +51,7 @@ def test_streamed_equals_all_at_once(spill: bool, tmp_path: Path) -> None:
 def test_the_error_of_a_layer_is_in_its_moments() -> None:
     net, x = network(), torch.randn(10, 4, 6)
     curvature = Curvature(net, GROUPS, 1)
-    with curvature.collecting(torch.zeros(10)):
+    with curvature.collecting(torch.zeros(10, dtype=torch.long)):
         net(x)
     hidden, conv = net[2](net[1](x)), net[3]
     change = torch.randn_like(conv.weight)

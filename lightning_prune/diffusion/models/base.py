@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.checksums import sha256
 from lightning_prune.protocols import InputError, PrunableUnit
 
@@ -73,6 +74,14 @@ class Denoiser(nn.Module, ABC):
             for name, layer in self.network.named_modules()
             if isinstance(layer, nn.Linear | nn.Conv2d)
         ]
+
+    def blocks(self, granularity: str) -> BlockGraph:
+        """The blocks that gates skip, at a granularity the family knows.
+
+        Raises:
+            InputError: another granularity, or a family that describes no blocks.
+        """
+        raise InputError(f"granularity: {type(self).__name__} describes no blocks yet")
 
     def config(self) -> dict[str, Any]:
         """The diffusers configuration of the network, enough to build it again."""

@@ -6,7 +6,7 @@ Nothing here imports from the rest of the package, so every layer may import thi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,7 +95,18 @@ class SparsityControl(Protocol):
 class ImageSampler(Protocol):
     """Something that draws images in [-1, 1] for sample ids and labels, a pure function of both."""
 
-    def sample_images(self, ids: Tensor, labels: Tensor, steps: int, guidance: float) -> Tensor: ...
+    def sample_images(self, ids: Tensor, cond: Any, sampler: Any) -> Tensor: ...
+
+
+@runtime_checkable
+class StepAware(Protocol):
+    """A denoiser whose work depends on the step of the sampler."""
+
+    def at_step(self, index: int, calls: int) -> None:
+        """Called before each of the `calls` network calls of a trajectory; index 0 starts a new one."""
+
+    def phase(self, index: int, calls: int) -> Hashable:
+        """Steps of equal phase cost the same."""
 
 
 @runtime_checkable

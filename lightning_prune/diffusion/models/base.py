@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune.blocks import BlockGraph
 from lightning_prune.checksums import sha256
+from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.protocols import InputError, PrunableUnit
 
 EMBEDDED = "embedded:"
@@ -51,15 +52,15 @@ class Denoiser(nn.Module, ABC):
         return self.network.config
 
     @abstractmethod
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """Prediction [B, C, H, W] for noisy `x` [B, C, H, W], integer timesteps `t` [B] and labels `cond` [B]."""
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Prediction [B, C, H, W] for noisy `x` [B, C, H, W], timesteps `t` [B] and conditions such as labels [B]."""
 
     @abstractmethod
     def default_dense(self) -> Sequence[str]:
         """Patterns (regular expressions over module names) of layers that stay dense unless asked for."""
 
-    def null_condition(self, cond: Tensor) -> Tensor:
-        """The condition that stands for "no class", of the shape of `cond`."""
+    def null_condition(self, cond: Condition) -> Condition:
+        """The condition that stands for "no class" or "no text", of the shape of `cond`."""
         return torch.full_like(cond, self.num_classes)
 
     def anatomy(self) -> Sequence[PrunableUnit]:

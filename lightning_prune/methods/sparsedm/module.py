@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.sparsedm.loss import sparsedm_loss
 from lightning_prune.module import Batch, LrSchedule, PruningModule
 from lightning_prune.protocols import InputError, Sparsity
@@ -124,12 +125,13 @@ class SparseDM(PruningModule):
 
     # Results
 
-    def variants(self) -> dict[str, Denoiser]:
+    def variants(self) -> dict[str, Variant]:
         """The dense start, the same under one-shot magnitude masks, and the result."""
         dense = self._dense.on(self.device)
         if self._pattern is None:
-            return {"dense": dense, "dense fine-tuned": self.denoiser}
+            return {"dense": Variant(dense), "dense fine-tuned": Variant(self.denoiser)}
         one_shot = deepcopy(dense)
         MaskSet(one_shot.network, self._units, self.target_sparsity)
         target = str(self.target_sparsity)
-        return {"dense": dense, f"one-shot {target}": one_shot, f"sparsedm {target}": self.denoiser}
+        networks = {"dense": dense, f"one-shot {target}": one_shot, f"sparsedm {target}": self.denoiser}
+        return {name: Variant(network) for name, network in networks.items()}

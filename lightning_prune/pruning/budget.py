@@ -58,7 +58,8 @@ def solve(
     """
     rows = [tuple(graph.full()) for _ in scores] if within is None else list(within)
     total = budget * costs.dense * len(scores)
-    steps = [_options(step, _positive(scores, costs)[step], rows[step], graph, costs) for step in range(1, len(scores))]
+    values = _positive(scores, costs)
+    steps = [_options(step, values[step], rows[step], graph, costs) for step in range(1, len(scores))]
     if not whole_steps:
         steps = [[option for option in options if option.positions] for options in steps]
     floor = costs.dense + sum(min(option.cost for option in options) for options in steps)

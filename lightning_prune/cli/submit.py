@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from lightning_prune.cli.preflight import check
 from lightning_prune.protocols import InputError
 
 SCRIPTS = Path(__file__).parents[1] / "slurm"
+_VARIABLES = {"time": "TIMELIMIT", "array": "ARRAY_INX"}
+"""Where sbatch's variable is not named like its option."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -26,11 +28,12 @@ def run(args: Sequence[str]) -> int:
     settings = check(["fit", "--config", first, *fit])
     env = _env(options.env)
     template = (SCRIPTS / "train.sbatch").read_text()
-    script = render(template, _directives(options, settings), [first, *fit], env)
+    directives = _directives(options, settings)
+    script = render(template, directives, [first, *fit], env)
     if options.dry_run:
         print(script, end="")
         return 0
-    print(f"submitted job {_submit(script, env)}")
+    print(f"submitted job {_submit(script, env, directives)}")
     return 0
 
 
@@ -106,13 +109,13 @@ def _env(given: Path | None) -> Path:
     return Path(named).resolve()
 
 
-def _submit(script: str, env: Path) -> str:
+def _submit(script: str, env: Path, asked: Collection[str]) -> str:
     """Hand the script to sbatch. Returns the job id."""
     if shutil.which("sbatch") is None:
         raise InputError("submit: there is no sbatch here; --dry-run prints the script")
-    # SBATCH_ variables of the site prevail over a script's own lines, so those that were asked for are taken away.
-    asked = [f"SBATCH_{_name(line).replace('-', '_').upper()}" for line in script.splitlines() if "#SBATCH --" in line]
-    command = f"source {shlex.quote(str(env))}; unset {' '.join(asked)}; exec sbatch --parsable"
+    # The site's SBATCH_ variables prevail over a script's own lines, so those of what was asked for are taken away.
+    variables = [f"SBATCH_{_VARIABLES.get(name, name.replace('-', '_').upper())}" for name in asked]
+    command = f"source {shlex.quote(str(env))}; unset {' '.join(variables)}; exec sbatch --parsable"
     done = subprocess.run(["bash", "-c", command], input=script, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"sbatch: {done.stderr.strip() or f'ended with {done.returncode}'}")

@@ -49,9 +49,9 @@ KillWait=5
 MinJobAge=3600
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=1
 GresTypes=gpu
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=8 RealMemory=4000 Gres=gpu:1
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=8 RealMemory=4000 Gres=gpu:1
-PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=16 RealMemory=4000 Gres=gpu:1
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=16 RealMemory=4000 Gres=gpu:1
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 # A pretended GPU: a character device that every machine has, so that the scripts run unchanged.
@@ -171,10 +171,9 @@ def _free_ports(count: int) -> list[int]:
 
 def _start(cluster: Cluster) -> None:
     folder, conf = cluster.folder, str(cluster.folder / "slurm.conf")
-    files = {name: str(folder / "munge" / name) for name in ("socket", "pid", "seed", "log", "key")}
-    munge = [f"--{option}={files[name]}" for option, name in
-             (("key-file", "key"), ("socket", "socket"), ("pid-file", "pid"), ("seed-file", "seed"), ("log-file", "log"))]  # fmt: skip
-    cluster.call("munged", "--force", *munge)
+    munge = folder / "munge"
+    files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "seed", "log")]
+    cluster.call("munged", "--force", f"--socket={munge / 'socket'}", *files)
     cluster.call("slurmctld", "-c", "-f", conf)
     for node in ("node1", "node2"):
         cluster.call("slurmd", "-N", node, "-f", conf)

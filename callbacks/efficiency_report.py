@@ -18,6 +18,7 @@ from rich.table import Table
 from lightning_prune.callbacks.capability import require
 from lightning_prune.callbacks.progress import sampling_progress
 from lightning_prune.callbacks.run_record import RunRecord
+from lightning_prune.callbacks.stop_on_signal import stop_between_batches
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler, SamplerName
@@ -127,6 +128,7 @@ class EfficiencyReport(Callback):
         with sampling_progress(trainer, "evaluating", settings.samples * len(variants)) as advance:
 
             def draw(variant: Variant, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+                stop_between_batches(trainer)
                 sampler = variant.sampler or settings.sampler
                 images = sample_images(variant.denoiser, source.process, ids, labels, sampler, settings.seed)
                 advance(len(ids) * world)

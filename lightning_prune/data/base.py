@@ -94,9 +94,7 @@ class DataModule(pl.LightningDataModule, ABC):
         size = self.batch_size if shuffle else min(self.batch_size, len(data))
         return self._load(data, size, self.seed, shuffle)
 
-    def _load(
-        self, data: Samples, size: int, seed: int, shuffle: bool, augment: bool | None = None
-    ) -> ResumableLoader:
+    def _load(self, data: Samples, size: int, seed: int, shuffle: bool, augment: bool | None = None) -> ResumableLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return ResumableLoader(
             data, size, seed, shuffle, rank, world, self.workers, self.worker_kind, augment, self.skipped

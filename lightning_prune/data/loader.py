@@ -142,9 +142,7 @@ class ResumableLoader:
         self.consumed = samples // (self.batch_size * self.world)
 
 
-def read_ahead(
-    read: Callable[[list[int]], dict[str, Any]], batches: _Slice, threads: int
-) -> Iterator[dict[str, Any]]:
+def read_ahead(read: Callable[[list[int]], dict[str, Any]], batches: _Slice, threads: int) -> Iterator[dict[str, Any]]:
     """`read(indices)` of every batch, in order, computed by `threads` threads ahead of time."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
     coming, waiting = iter(batches), deque[Future[dict[str, Any]]]()

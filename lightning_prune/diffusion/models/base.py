@@ -11,9 +11,11 @@ import torch
 from diffusers import ConfigMixin
 from torch import Tensor, nn
 
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.pretrained import build_network
-from lightning_prune.protocols import PrunableUnit
+from lightning_prune.diffusion.widths import width_groups
+from lightning_prune.protocols import InputError, PrunableUnit, WidthGroup
 
 
 class Denoiser(nn.Module, ABC):
@@ -80,6 +82,18 @@ class Denoiser(nn.Module, ABC):
             for name, layer in self.network.named_modules()
             if isinstance(layer, nn.Linear | nn.Conv2d)
         ]
+
+    def groups(self) -> Sequence[WidthGroup]:
+        """Every inner width that can be cut, in definition order."""
+        return width_groups(self.network)
+
+    def blocks(self, granularity: str) -> BlockGraph:
+        """The blocks that gates skip, at a granularity the family knows.
+
+        Raises:
+            InputError: another granularity, or a family that describes no blocks.
+        """
+        raise InputError(f"granularity: {type(self).__name__} describes no blocks yet")
 
     def config(self) -> dict[str, Any]:
         """The configuration of the network, enough to build it again."""

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.base import Denoiser
+from lightning_prune.diffusion.models.unet_blocks import unet_blocks
 
 
 class UNet2D(Denoiser):
@@ -33,3 +35,7 @@ class UNet2D(Denoiser):
     def default_dense(self) -> Sequence[str]:
         """First and last convolution and the timestep and class embeddings."""
         return (r"conv_in", r"conv_out", r"time_embedding\..*", r".*time_emb_proj")
+
+    def blocks(self, granularity: str) -> BlockGraph:
+        """Stages ("coarse"), or pairs of resnet and attention and downsamplers ("fine")."""
+        return unet_blocks(self.network, granularity)

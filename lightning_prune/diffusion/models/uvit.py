@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.base import Denoiser
 from lightning_prune.diffusion.models.text import TextDenoiser
+from lightning_prune.diffusion.models.transformer_blocks import transformer_blocks
 from lightning_prune.diffusion.models.uvit_network import UViTModel
+
+_PARTS = (("A", "attn"), ("F", "mlp"))
 
 
 class UViT(TextDenoiser):
@@ -68,3 +73,18 @@ class UViT(TextDenoiser):
             r"final_layer": stored.conv,
         }
         return (r"patch_embed\..*", r"decoder_pred", *(pattern for pattern, there in optional.items() if there))
+
+    def blocks(self, granularity: str) -> BlockGraph:
+        """Blocks ("block"), the last half of which read an early one besides, or their two parts ("half")."""
+        half = self.stored.depth // 2
+        ahead, behind = [f"in_blocks.{i}" for i in range(half)], [f"out_blocks.{i}" for i in range(half)]
+        chain = transformer_blocks([*ahead, "mid_block", *behind], _PARTS, granularity)
+        if granularity == "half" or not self.stored.skip:
+            return chain
+        # The first of the last half merges in what the last of the first half gave, and so on outwards.
+        skips = {half + 1 + i: f"B{half - 1 - i}" for i in range(half)}
+        blocks = [
+            replace(block, producers=(*block.producers, skips[i])) if i in skips else block
+            for i, block in enumerate(chain.blocks)
+        ]
+        return replace(chain, blocks=tuple(blocks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from lightning_prune.cli.preflight import parse
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.pretrained import without_weights
 from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.metrics.macs import Ledger, count_denoiser, macs_per_image
+from lightning_prune.metrics.macs import Ledger, macs_per_image
 from lightning_prune.metrics.reach import (
     EXPLANATIONS,
     Axis,
@@ -78,7 +78,7 @@ def _check(target: Mapping[str, Any], macs_kept: float | None) -> None:
 def describe(module: PruningModule, config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The plan of a module built without weights, as `--json` prints it."""
     denoiser = module.denoiser
-    ledger, plan, sampler = count_denoiser(denoiser), module.planned(), sampler_of(config, module)
+    ledger, plan, sampler = module.ledger(), module.planned(), sampler_of(config, module)
     calls = sampler.calls(module.process)
     per_image = macs_per_image(ledger.macs(), calls, sampler.guidance)
     found, refusal = graphs(denoiser)
@@ -144,7 +144,9 @@ def _reach(
     denoiser: Denoiser, ledger: Ledger, axis: Axis, what: str, entries: list[Reach], graph: BlockGraph | None
 ) -> dict[str, Any]:
     macs = ledger.by_layer()
-    reasons = {entry.reason: [e.layer for e in entries if e.reason == entry.reason] for entry in entries if entry.reason}
+    reasons = {
+        entry.reason: [e.layer for e in entries if e.reason == entry.reason] for entry in entries if entry.reason
+    }
     return {
         "axis": axis,
         "method": _METHODS[axis],
@@ -220,5 +222,3 @@ def _blocks(denoiser: Denoiser, ledger: Ledger, graph: BlockGraph) -> dict[str, 
 
 def _plain(row: Any) -> dict[str, Any]:
     return {"name": row.name, **row.macs, "parameters": row.parameters, "gamma": row.saved_with_it}
-
-

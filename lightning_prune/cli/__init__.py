@@ -19,7 +19,7 @@ Make pretrained diffusion models cheaper to sample.
   validate   one validation pass of a config and checkpoint
   test       evaluate a config and checkpoint on held-out data
   predict    draw images for held-out labels
-  export     turn a checkpoint into an artifact
+  export     turn a checkpoint into an artifact, or an artifact's 2:4 layers into semi-structured ones
   bench      time an artifact against the dense network, in one interleaved measurement
   prefetch   put weights that evaluation needs into the cache: prefetch inception [--from PATH]
   submit     check a config and send its fit to SLURM: submit --config x.yaml --nodes 2 [--dry-run]

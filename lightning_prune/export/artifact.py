@@ -21,7 +21,7 @@ from lightning_prune import __version__
 from lightning_prune.checksums import sha256
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.routing import StagedDenoiser
-from lightning_prune.export import staged
+from lightning_prune.export import packed, staged
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.masks import effective_state, masked_layers
 
@@ -113,5 +113,7 @@ def load(path: str | Path) -> Denoiser:
         raise InputError(f"{folder / MANIFEST}: no backbone is known for {name}")
     if "stages" in manifest:
         return staged.read(families()[name], folder, manifest).eval()
+    if "semi_structured" in manifest:
+        return packed.read_packed(families()[name], folder, manifest).eval()
     denoiser: Denoiser = families()[name](weights=str(folder), **arguments)
     return denoiser.eval()

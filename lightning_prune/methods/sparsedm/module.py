@@ -18,8 +18,9 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.sparsedm.loss import sparsedm_loss
 from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
+from lightning_prune.metrics.macs import count_denoiser
 from lightning_prune.module import Batch, LrSchedule, PruningModule
-from lightning_prune.protocols import InputError, Sparsity
+from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import MaskSet, select_units
 
@@ -182,6 +183,21 @@ class SparseDM(PruningModule):
             return False
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return trainer.global_step % every == 0
+
+    # Planned
+
+    def planned(self) -> Plan:
+        """Masks of the target on every chosen layer; a network on the meta device will do."""
+        patterns = {} if self._pattern is None else dict.fromkeys(self.masks.layers, self._pattern)
+        zeros = sum(self.masks.layers[name].weight.numel() * s.fraction for name, s in patterns.items())
+        return Plan(
+            axis="weights",
+            target=str(self.target_sparsity),
+            touched=tuple(self.masks.layers),
+            macs_kept=float(count_denoiser(self.denoiser).kept_share(patterns)),
+            parameters_kept=round(sum(p.numel() for p in self.denoiser.parameters()) - zeros),
+            holds_teacher=self.distill_weight > 0,
+        )
 
     # SparsityControl
 

@@ -8,9 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_prune.callbacks.progress import steps_done
+
 
 class LastCheckpoint(Checkpoint):
-    """Write `checkpoints/last.ckpt` every n optimizer steps and after the last one.
+    """Write `checkpoints/last.ckpt` every n optimizer steps, or batches where nothing is trained, and after the last.
 
     The last one is written before averaged weights are copied into the network, so a longer run can go on from it;
     `ModelCheckpoint(save_last=True)` writes it after that, or not at all. Add a `ModelCheckpoint` to keep more.
@@ -25,24 +27,24 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved_at = trainer.global_step
+        self._saved_at = steps_done(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step = steps_done(trainer)
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
         if due and step != self._saved_at:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        if (last or trainer.should_stop) and trainer.global_step != self._saved_at:
+        if (last or trainer.should_stop) and steps_done(trainer) != self._saved_at:
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
-        self._saved_at = trainer.global_step
+        self._saved_at = steps_done(trainer)
         # What was logged up to a checkpoint must be on disk with it, or a resumed record has a hole.
         for logger in trainer.loggers:
             logger.save()

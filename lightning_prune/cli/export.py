@@ -30,9 +30,11 @@ def run(args: Sequence[str]) -> int:
     config = read_config(options.config) if options.config else yaml.safe_load(checkpoint.get("config", "")) or {}
     module = build_module(config)
     module.load_state_dict(check_checkpoint(options.ckpt_path, module)["state_dict"])
+    module.on_load_checkpoint(checkpoint)
     module.weights_changed()
     method = type(module).__name__.lower()
-    save_artifact(module.denoiser, options.output, method, {"sampler": module.process.scheduler_config})
+    result = list(module.variants().values())[-1].denoiser
+    save_artifact(result, options.output, method, {"sampler": module.process.scheduler_config})
     print(f"wrote {options.output}")
     return 0
 

@@ -59,7 +59,8 @@ def _from_checkpoint(options: argparse.Namespace) -> None:
     module.on_load_checkpoint(checkpoint)
     module.weights_changed()
     method = type(module).__name__.lower()
-    save_artifact(module.denoiser, options.output, method, {"sampler": module.process.scheduler_config})
+    result = list(module.variants().values())[-1].denoiser
+    save_artifact(result, options.output, method, {"sampler": module.process.scheduler_config})
 
 
 def _pack(options: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ class DiT(Denoiser):
 
     def blocks(self, granularity: str) -> BlockGraph:
         """Transformer blocks ("block"), or their attention and feed-forward parts ("half")."""
-        count = len(self.network.transformer_blocks)
+        count: int = self.stored.num_layers
         if granularity == "block":
             whole = [Block(f"B{i}", (f"transformer_blocks.{i}",), (f"B{i - 1}",) if i else ()) for i in range(count)]
             return BlockGraph("block", tuple(whole), (f"B{count - 1}",), ("residual", "output"))

@@ -14,7 +14,7 @@ from lightning_prune import methods
 from lightning_prune.cli.checkpoints import check_checkpoint, read_checkpoint
 from lightning_prune.export import save_artifact
 from lightning_prune.module import PruningModule
-from lightning_prune.protocols import InputError
+from lightning_prune.protocols import ArtifactFiles, InputError
 
 
 def run(args: Sequence[str]) -> int:
@@ -32,7 +32,9 @@ def run(args: Sequence[str]) -> int:
     module.load_state_dict(check_checkpoint(options.ckpt_path, module)["state_dict"])
     module.weights_changed()
     method = type(module).__name__.lower()
-    save_artifact(module.denoiser, options.output, method, {"sampler": module.process.scheduler_config})
+    result = list(module.variants().values())[-1].denoiser
+    files = module.artifact_files() if isinstance(module, ArtifactFiles) else {}
+    save_artifact(result, options.output, method, {"sampler": module.process.scheduler_config}, files)
     print(f"wrote {options.output}")
     return 0
 

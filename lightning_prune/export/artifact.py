@@ -1,6 +1,7 @@
 """The artefact: a folder of safetensors and JSON that loads in diffusers and here, and executes nothing.
 
     config.json  diffusion_pytorch_model.safetensors     what `from_pretrained` of the diffusers class reads
+    gates.json                                           which blocks run at which step, where a schedule was found
     pruning.json                                         the manifest: what was done, checksums of every file
 
 Masked weights are written as dense tensors with valid zeros: any tool loads them.
@@ -19,6 +20,8 @@ from safetensors.torch import save_file
 from lightning_prune import __version__
 from lightning_prune.checksums import sha256
 from lightning_prune.diffusion.models import Denoiser, families
+from lightning_prune.diffusion.process import Process
+from lightning_prune.export.gates import GATES, apply_gates
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.masks import effective_state, masked_layers
 
@@ -27,7 +30,9 @@ MANIFEST = "pruning.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mapping[str, Any]) -> Path:
+def save_artifact(
+    denoiser: Denoiser, folder: Path, method: str, details: Mapping[str, Any], files: Mapping[str, str] | None = None
+) -> Path:
     """Write an artefact.
 
     Args:
@@ -35,6 +40,7 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
         folder: where to; created.
         method: name of the method that made it.
         details: further manifest entries (`sampler`, `protocol`, `results`, ...).
+        files: texts of further files by name, such as gates.json.
 
     Returns:
         `folder`.
@@ -46,12 +52,14 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
     save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _WEIGHTS)
     config = {"_class_name": denoiser.network_class.__name__, **denoiser.config()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name, text in (files or {}).items():
+        (folder / name).write_text(text)
     manifest = {
         "schema": SCHEMA,
         "lightning_prune": __version__,
         "method": [method],
         "base": {"class": denoiser.network_class.__name__, "weights": denoiser.weights},
-        "files": {name: sha256(folder / name) for name in (_WEIGHTS, "config.json")},
+        "files": {name: sha256(folder / name) for name in (_WEIGHTS, "config.json", *(files or {}))},
         "masks": {name: str(layer.sparsity) for name, layer in masked_layers(denoiser.network).items()},
         **details,
     }
@@ -85,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def load(path: str | Path) -> Denoiser:
-    """Return the denoiser of an artefact, in evaluation mode.
+    """Return the denoiser of an artefact, in evaluation mode; under its schedule of gates where it has one.
 
     Raises:
         InputError: a missing, damaged or newer artefact, or a network class no backbone file describes.
@@ -96,4 +104,6 @@ def load(path: str | Path) -> Denoiser:
     if name not in families():
         raise InputError(f"{folder / MANIFEST}: no backbone is known for {name}")
     denoiser: Denoiser = families()[name](weights=str(folder))
+    if GATES in manifest["files"]:
+        denoiser = apply_gates(denoiser, folder / GATES, Process.from_scheduler(manifest["sampler"]))
     return denoiser.eval()

@@ -80,6 +80,49 @@ class PrunableUnit:
     group_size: int
 
 
+@dataclass(frozen=True)
+class WidthCut:
+    """A dimension of a parameter that shrinks when units of a width group go.
+
+    Attributes:
+        parameter: qualified name of the parameter inside the network.
+        dim: the dimension.
+        repeats: how often the units follow each other along it, as the two halves of a gated projection do.
+    """
+
+    parameter: str
+    dim: int
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """Units of one inner width that may be removed from a network: heads, feed-forward channels, groups of a norm.
+
+    Attributes:
+        name: qualified name of the module whose inner width it is.
+        kind: "heads", "channels" or "norm-groups".
+        output: qualified name of the layer that reads the units; its other input columns can make up for them.
+        units: number of units, at least 2.
+        channels: channels of a unit.
+        taps: input columns of `output` for each channel; those of a kernel, 1 for a linear layer.
+        cuts: every parameter that shrinks, the weight of `output` among them.
+    """
+
+    name: str
+    kind: str
+    output: str
+    units: int
+    channels: int
+    taps: int
+    cuts: tuple[WidthCut, ...]
+
+    @property
+    def columns(self) -> int:
+        """Input columns of `output` that belong to one unit."""
+        return self.channels * self.taps
+
+
 @runtime_checkable
 class SparsityControl(Protocol):
     """Something whose weight sparsity can be changed and inspected while it trains."""
@@ -129,7 +172,9 @@ class ArtifactFiles(Protocol):
 
 @runtime_checkable
 class GateSource(Protocol):
-    """Something that has found schedules of gates; the last one is its result."""
+    """Something that has found schedules of gates, by budget; the last one is its result."""
+
+    costs: Any
 
     def schedules(self) -> Mapping[str, Any]: ...
 

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from lightning_prune.blocks import CacheMode, GateSchedule
+from lightning_prune.blocks import BlockCosts, CacheMode, GateSchedule
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.models import Denoiser
@@ -120,6 +120,11 @@ class DiPGO(PruningModule):
             torch.manual_seed(derive(self.seed, 3))
             self.pruner = ScoreTable(*shape) if pruner == "table" else QueryPruner(*shape, encoder=encoder)
         self.teacher = Teacher(lambda ids, cond: self._dense_images(ids, cond))
+
+    @property
+    def costs(self) -> BlockCosts:
+        """MACs of one network call by block."""
+        return self.problem.costs
 
     @property
     def budgets(self) -> list[float]:

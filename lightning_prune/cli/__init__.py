@@ -19,6 +19,7 @@ Make pretrained diffusion models cheaper to sample.
   predict    draw images for held-out labels
   export     turn a checkpoint into an artifact
   bench      time an artifact against the dense network, in one interleaved measurement
+  cache-latents  encode pictures and captions once, for training without autoencoder and text encoders
   prefetch   put weights that evaluation needs into the cache: prefetch inception [--from PATH]
 
   lightning_prune fit --config configs/quickstart.yaml
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(args: Sequence[str]) -> int:
     # Verbs that need no trainer are modules with a `run` of their own; everything else is Lightning's.
-    module = args[0] if args[0] in ("export", "bench", "prefetch") else "trainer_cli"
+    verbs = ("export", "bench", "prefetch", "cache-latents")
+    module = args[0].replace("-", "_") if args[0] in verbs else "trainer_cli"
     status: int = import_module(f"lightning_prune.cli.{module}").run(args if module == "trainer_cli" else args[1:])
     return status

@@ -80,11 +80,33 @@ class DataModule(pl.LightningDataModule, ABC):
         if samples.shape != tuple(denoiser.sample_shape):
             given, wanted = ("x".join(map(str, shape)) for shape in (samples.shape, denoiser.sample_shape))
             raise InputError(f"data: {self.name} gives samples of {given}, but {network} takes {wanted}")
+        self._check_conditions(denoiser, network)
         if denoiser.num_classes and self.num_classes != denoiser.num_classes:
             raise InputError(
                 f"data: {self.name} has {self.num_classes or 'no'} classes, but {network} was built for "
                 f"{denoiser.num_classes}"
             )
+
+    def _check_conditions(self, denoiser: Any, network: str) -> None:
+        wanted = denoiser.condition_shapes() if hasattr(denoiser, "condition_shapes") else {}
+        given = self.condition_shapes
+        if wanted and not given:
+            raise InputError(
+                f"data: {network} takes embedded prompts, and {self.name} has none; encode its captions with "
+                "`lightning_prune cache-latents` and train on data.CachedLatents"
+            )
+        if given and not wanted:
+            raise InputError(f"data: {self.name} comes with embedded prompts, but {network} takes none")
+        for key, shape in wanted.items():
+            if key not in given:
+                raise InputError(f"data: {network} takes {key}; {self.name} has {', '.join(given)}")
+            if len(shape) > 1 and given[key][-1] != shape[-1]:
+                raise InputError(f"data: {key} of {self.name} is {given[key][-1]} wide, {network} takes {shape[-1]}")
+
+    @property
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one sample's `cond`, by key, where it is a dictionary; empty where it is a label."""
+        return {}
 
     # Loaders
 
@@ -94,9 +116,7 @@ class DataModule(pl.LightningDataModule, ABC):
         size = self.batch_size if shuffle else min(self.batch_size, len(data))
         return self._load(data, size, self.seed, shuffle)
 
-    def _load(
-        self, data: Samples, size: int, seed: int, shuffle: bool, augment: bool | None = None
-    ) -> ResumableLoader:
+    def _load(self, data: Samples, size: int, seed: int, shuffle: bool, augment: bool | None = None) -> ResumableLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return ResumableLoader(
             data, size, seed, shuffle, rank, world, self.workers, self.worker_kind, augment, self.skipped

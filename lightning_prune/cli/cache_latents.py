@@ -30,7 +30,8 @@ def run(args: Sequence[str]) -> int:
     parser.add_subclass_arguments(DataModule, "data", required=True, help="where pictures and captions come from")
     parser.add_class_arguments(CacheSettings)
     config = parser.parse_args(list(args))
-    made = parser.instantiate_classes(config)
+    # jsonargparse 4.49 gave the method a shorter name; the older one is there down to the oldest release supported.
+    made = getattr(parser, "instantiate", parser.instantiate_classes)(config)
     settings = CacheSettings(**{key: getattr(made, key) for key in CacheSettings.__dataclass_fields__})
     made.data.prepare_data()
     writer = CacheWriter(made.data, settings, _source(config.data))

@@ -38,7 +38,7 @@ def save_text_pipeline(folder: Path) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "ab", "<|startoftext|>", "<|endoftext|>"]
     made = folder.parent / "tokenizer-files"
     made.mkdir(parents=True)
     (made / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
@@ -70,6 +70,11 @@ def save_text_pipeline(folder: Path) -> Path:
     )
     parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(
-        tiny_autoencoder(), CLIPTextModel(config), tokenizer, unet, scheduler=DDIMScheduler(), **parts
+        tiny_autoencoder(),
+        CLIPTextModel(config),
+        tokenizer,
+        unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        **parts,
     ).save_pretrained(folder)
     return folder

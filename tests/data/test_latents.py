@@ -244,7 +244,6 @@ def test_latents_have_no_pictures_to_compare_with(source: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--data.size=7"], "cannot take pictures"),
         (["--data.channels=1"], "cannot take pictures of 1x8x8"),
         (["--pipeline=/no/such/pipeline"], "/no/such/pipeline"),
         (["--shard_size=0"], "shard_size"),

@@ -25,7 +25,7 @@ class ArtifactWriter(Callback):
         if not trainer.is_global_zero:
             return
         source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
-        result = list(source.variants().values())[-1]
+        result = list(source.variants().values())[-1].denoiser
         details = {"sampler": source.process.scheduler_config, **_results(folder / "report.json")}
         save_artifact(result, folder / "artifact", type(pl_module).__name__.lower(), details)
 

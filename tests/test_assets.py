@@ -12,7 +12,7 @@ from lightning_prune.data import EmbeddedFashion
 from lightning_prune.data.fashion import EMBEDDED_FILE
 from lightning_prune.diffusion.models.dit import DiT
 from lightning_prune.metrics.evaluation import Evaluator
-from lightning_prune.metrics.fashion import extract, load_classifier
+from lightning_prune.metrics.extractors import load_extractor
 from lightning_prune.metrics.macs import count_denoiser
 
 ASSETS = Path(__file__).parents[1] / "lightning_prune" / "assets"
@@ -43,7 +43,8 @@ def test_no_held_out_image_is_in_another_split() -> None:
 
 def test_the_extractor_knows_clothes() -> None:
     data = EmbeddedFashion().split("held_out")
-    _, logits = extract(load_classifier(), data.images)
+    logits = load_extractor("fashion_classifier").extract(data.images).logits
+    assert logits is not None
     assert (logits.argmax(1) == data.labels).float().mean() > 0.91
     assert json.loads((ASSETS / "fashion_classifier" / "card.json").read_text())["test_accuracy"] >= 0.92
 

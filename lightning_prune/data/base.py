@@ -163,7 +163,9 @@ class DataModule(pl.LightningDataModule, ABC):
             self.damaged[name] = None
             log.warning("%s: damaged, skipped (%d so far)", name, len(self.damaged))
         if new and self.trainer:
-            with (Path(self.trainer.default_root_dir) / "damaged.txt").open("a") as stream:
+            folder = Path(self.trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "damaged.txt").open("a") as stream:
                 stream.writelines(f"{name}\n" for name in new)
 
     def teardown(self, stage: str) -> None:

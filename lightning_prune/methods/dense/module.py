@@ -28,5 +28,5 @@ class Dense(PruningModule):
     def variants(self) -> dict[str, Denoiser]:
         """The network it started from, if there was one, and the one it trained."""
         if self._start is None:
-            return {"dense": self.denoiser}
-        return {"dense": self._start.on(self.device), "dense fine-tuned": self.denoiser}
+            return {"dense": self.whole_denoiser()}
+        return {"dense": self._start.on(self.device), "dense fine-tuned": self.whole_denoiser()}

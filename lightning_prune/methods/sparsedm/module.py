@@ -128,8 +128,8 @@ class SparseDM(PruningModule):
         """The dense start, the same under one-shot magnitude masks, and the result."""
         dense = self._dense.on(self.device)
         if self._pattern is None:
-            return {"dense": dense, "dense fine-tuned": self.denoiser}
+            return {"dense": dense, "dense fine-tuned": self.whole_denoiser()}
         one_shot = deepcopy(dense)
         MaskSet(one_shot.network, self._units, self.target_sparsity)
         target = str(self.target_sparsity)
-        return {"dense": dense, f"one-shot {target}": one_shot, f"sparsedm {target}": self.denoiser}
+        return {"dense": dense, f"one-shot {target}": one_shot, f"sparsedm {target}": self.whole_denoiser()}

@@ -22,10 +22,10 @@ class ArtifactWriter(Callback):
 
     def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the artefact; called with the averaged weights in place, after reports."""
+        source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
+        result = list(source.variants().values())[-1].denoiser  # together: it may be gathered from all processes
         if not trainer.is_global_zero:
             return
-        source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
-        result = list(source.variants().values())[-1].denoiser
         details = {"sampler": source.process.scheduler_config, **_results(folder / "report.json")}
         files = pl_module.artifact_files() if isinstance(pl_module, ArtifactFiles) else {}
         save_artifact(result, folder / "artifact", type(pl_module).__name__.lower(), details, files)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_prune import __version__
+from lightning_prune.signals import listening
 
 HELP = """\
 usage: lightning_prune [--help] [--version] [--debug] <verb> [options]
@@ -48,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lightning_prune {__version__}")
         return 0
     _through_srun(args)
+    if args[0] != "fit":
+        return _one_line(args, debug)
+    # Before the imports that take seconds: SLURM may ask a job to stop that has hardly begun.
+    with listening():
+        return _one_line(args, debug)
+
+
+def _one_line(args: Sequence[str], debug: bool) -> int:
     from lightning_prune.cli.errors import one_line_errors
 
     return one_line_errors(lambda: _dispatch(args), debug)

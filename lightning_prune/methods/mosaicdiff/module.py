@@ -28,7 +28,7 @@ from lightning_prune.methods.mosaicdiff.plan import (
     stages_for,
     visited_timesteps,
 )
-from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner
+from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, check_reach
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe
 from lightning_prune.module import Batch, PruningModule
@@ -148,6 +148,8 @@ class MosaicDiff(PruningModule):
             # The same on every process, or their stages would differ.
             power = self.trainer.strategy.reduce(batch["x"].square().mean().to(self.device), reduce_op="mean")
             self.power = float(power)
+        for recipe in self._recipes().values():
+            check_reach(self.denoiser, self.grid, self.power, recipe, self.target)
         self._probe_cond = self._same_everywhere(move(_rows(batch["cond"], self.probe_images), self.device))
         partitions = [stages_for(recipe, self.grid, self.power) for recipe in self._recipes().values()]
         self._make_statistics(refine(partitions))

@@ -10,6 +10,7 @@ from lightning_prune.callbacks.progress import StepProgress
 from lightning_prune.callbacks.run_record import RunRecord
 from lightning_prune.callbacks.sample_grid import SampleGrid
 from lightning_prune.callbacks.sparsity_ramp import SparsityRamp
+from lightning_prune.callbacks.stop_on_signal import StopOnSignal
 
 __all__ = [
     "ArtifactWriter",
@@ -22,4 +23,5 @@ __all__ = [
     "SampleGrid",
     "SparsityRamp",
     "StepProgress",
+    "StopOnSignal",
 ]

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks.capability import require
 from lightning_prune.callbacks.progress import sampling_progress
+from lightning_prune.callbacks.stop_on_signal import stop_between_batches
 from lightning_prune.diffusion.solvers import Sampler, SamplerName
 from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings
 from lightning_prune.metrics.frechet import Distance
@@ -51,6 +52,12 @@ class DistanceEvaluation(Callback):
         require(pl_module, ImageSampler, self)
         self._evaluator = Evaluator(trainer.datamodule, self.measurement)  # type: ignore[attr-defined]
 
+    def state_dict(self) -> dict[str, int]:
+        return {"passes": self._passes}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._passes = state_dict["passes"]
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
@@ -74,6 +81,7 @@ class DistanceEvaluation(Callback):
         with torch.random.fork_rng(devices=[]), sampling_progress(trainer, "sampling", settings.samples) as advance:
 
             def draw(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+                stop_between_batches(trainer)
                 images = module.sample_images(ids, labels, settings.sampler)
                 advance(len(ids))
                 return images

@@ -18,6 +18,7 @@ from rich.table import Table
 from lightning_prune.callbacks.capability import require
 from lightning_prune.callbacks.progress import sampling_progress
 from lightning_prune.callbacks.run_record import RunRecord
+from lightning_prune.callbacks.stop_on_signal import stop_between_batches
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler, SamplerName
@@ -32,6 +33,7 @@ from lightning_prune.export.report import (
     row,
     seconds_per_image,
     table_cells,
+    with_fewer_steps,
     write_report,
 )
 from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings, Score
@@ -54,6 +56,8 @@ class EfficiencyReport(Callback):
         measurement: what samples are compared with, and how; null is `fd_fashion` alone.
         beside: artifacts of other runs to report beside this one's networks, folders by row name.
         sampler: the solver.
+        sample_seed: seed of the starting noise.
+        fewer_steps: also report the first network, the dense one, with as many steps as the result's MACs allow.
     """
 
     def __init__(
@@ -68,14 +72,15 @@ class EfficiencyReport(Callback):
         measurement: Measurement | None = None,
         beside: dict[str, str] | None = None,
         sampler: SamplerName = "ddim",
+        sample_seed: int = 0,
+        fewer_steps: bool = False,
     ) -> None:
         super().__init__()
-        self.settings = SamplingSettings(
-            samples, Sampler(sampler, steps, guidance), batch_size=batch_size, name=protocol
-        )
+        self.settings = SamplingSettings(samples, Sampler(sampler, steps, guidance), sample_seed, batch_size, protocol)
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
         self.measurement = measurement or Measurement()
         self.beside = beside or {}
+        self.fewer_steps = fewer_steps
         self.scores: dict[str, Score] = {}
         self._others: dict[str, Denoiser] = {}
         self._evaluator: Evaluator | None = None
@@ -101,6 +106,8 @@ class EfficiencyReport(Callback):
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         source = require(pl_module, VariantSource, self)
         variants = self._variants(source, pl_module.device)
+        if self.fewer_steps:
+            variants = with_fewer_steps(variants, source.process, self.settings.sampler)
         self.evaluator.to(pl_module.device)
         with torch.random.fork_rng(devices=[]):
             self.scores = self._scored(trainer, source, variants)
@@ -121,8 +128,9 @@ class EfficiencyReport(Callback):
         with sampling_progress(trainer, "evaluating", settings.samples * len(variants)) as advance:
 
             def draw(variant: Variant, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+                stop_between_batches(trainer)
                 sampler = variant.sampler or settings.sampler
-                images = sample_images(variant.denoiser, source.process, ids, labels, sampler)
+                images = sample_images(variant.denoiser, source.process, ids, labels, sampler, settings.seed)
                 advance(len(ids) * world)
                 return images
 
@@ -140,7 +148,7 @@ class EfficiencyReport(Callback):
         method = type(pl_module).__name__.lower()
         report = build_report(method, _config(trainer), rows, self.scores, self.evaluator.floor())
         notes = _notes(report, found)
-        write_report(report, notes, folder, name)
+        write_report(report, notes, self.scores, folder, name)
         _print(report, notes, folder, name)
         _log_tables(trainer, pl_module, report)
 

@@ -50,6 +50,12 @@ class SampleGrid(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, VariantSource, self)
 
+    def state_dict(self) -> dict[str, int]:
+        return {"passes": self._passes}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._passes = state_dict["passes"]
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return

@@ -23,7 +23,7 @@ from lightning_prune.diffusion.samplers import OnStep, sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.macs import Ledger, count_denoiser
-from lightning_prune.protocols import InputError, ResultHook
+from lightning_prune.protocols import InputError, Plan, ResultHook
 from lightning_prune.pruning.frozen import Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
@@ -185,6 +185,13 @@ class PruningModule(pl.LightningModule):
     def variants(self) -> dict[str, Variant]:
         """Networks to report beside each other, by row name: the dense one first, this method's result last."""
         return {"result": Variant(self.denoiser)}
+
+    # Planned
+
+    def planned(self) -> Plan:
+        """What this method would leave at its target; here the network as it is."""
+        parameters = sum(p.numel() for p in self.denoiser.parameters())
+        return Plan(axis="none", target="dense", touched=(), macs_kept=1.0, parameters_kept=parameters)
 
     # CostModel
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,9 +19,11 @@ Make pretrained diffusion models cheaper to sample.
   validate   one validation pass of a config and checkpoint
   test       evaluate a config and checkpoint on held-out data
   predict    draw images for held-out labels
-  export     turn a checkpoint into an artifact
+  export     turn a checkpoint into an artifact, or an artifact's 2:4 layers into semi-structured ones
+  plan       what a config would do, from shapes alone: reach, cost, memory; without weights or GPU
   bench      time an artifact against the dense network, in one interleaved measurement
   prefetch   put weights that evaluation needs into the cache: prefetch inception [--from PATH]
+  submit     check a config and send its fit to SLURM: submit --config x.yaml --nodes 2 [--dry-run]
 
   lightning_prune fit --config configs/quickstart.yaml
   lightning_prune fit --config x.yaml --print_config      the complete, reusable config
@@ -27,7 +31,7 @@ Make pretrained diffusion models cheaper to sample.
   lightning_prune fit --help                              every option of fit
 
 Exit status: 0 done, 1 a defect of ours, 2 bad input or impossible request, 3 a quality gate (--gate) not met.
---debug shows the traceback behind a one-line error.
+A run stopped by a signal ends with 128 + its number. --debug shows the traceback behind a one-line error.
 """
 
 
@@ -42,13 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(f"lightning_prune {__version__}")
         return 0
+    _through_srun(args)
     from lightning_prune.cli.errors import one_line_errors
 
     return one_line_errors(lambda: _dispatch(args), debug)
 
 
+def _through_srun(args: Sequence[str]) -> None:
+    """Become `srun` of this command where a batch script asks for it: agents of a sweep start one process a trial."""
+    srun = os.environ.get("LIGHTNING_PRUNE_SRUN")
+    if not srun or "SLURM_JOB_ID" not in os.environ or "SLURM_STEP_ID" in os.environ or args[0] != "fit":
+        return
+    size = ["--trainer.num_nodes", os.environ["SLURM_JOB_NUM_NODES"]]
+    size += ["--trainer.devices", os.environ["SLURM_NTASKS_PER_NODE"]]
+    command = [*shlex.split(srun), sys.executable, "-m", "lightning_prune", *args, *size]
+    os.execvp(command[0], command)
+
+
 def _dispatch(args: Sequence[str]) -> int:
     # Verbs that need no trainer are modules with a `run` of their own; everything else is Lightning's.
-    module = args[0] if args[0] in ("export", "bench", "prefetch") else "trainer_cli"
+    module = args[0] if args[0] in ("export", "bench", "plan", "prefetch", "submit") else "trainer_cli"
     status: int = import_module(f"lightning_prune.cli.{module}").run(args if module == "trainer_cli" else args[1:])
     return status

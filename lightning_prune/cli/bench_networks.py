@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import Predict, guided, initial_noise, integrate
@@ -63,28 +64,30 @@ class Task:
         # Shapes are fixed, so the compiler may rely on them; it compiles in the first call.
         predict: Predict = torch.compile(denoiser, dynamic=False) if mode == "compiled" else denoiser
         noise = initial_noise(torch.arange(batch), denoiser.sample_shape).to(weight.device)
-        labels = balanced_labels(batch, denoiser.num_classes).to(weight.device)
+        cond = denoiser.blank_condition(batch, weight.device)
+        if denoiser.num_classes:
+            cond = balanced_labels(batch, denoiser.num_classes).to(weight.device)
         if self.steps is None:
-            return _call(predict, noise.to(weight.dtype), labels)
-        return self._trajectory(predict, denoiser, noise, labels)
+            return _call(predict, noise.to(weight.dtype), cond)
+        return self._trajectory(predict, denoiser, noise, cond)
 
-    def _trajectory(self, predict: Predict, denoiser: Denoiser, noise: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    def _trajectory(self, predict: Predict, denoiser: Denoiser, noise: Tensor, cond: Condition) -> Callable[[], Tensor]:
         dtype = next(denoiser.parameters()).dtype
 
         # The image stays in float32 between steps, as rounding it every time costs quality; networks see their type.
-        def in_type(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        def in_type(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
             return predict(x.to(dtype), t, cond).to(x.dtype)
 
-        both = guided(in_type, denoiser.null_condition, self.scale)
-        return lambda: integrate(both, self.process, noise, labels, self.sampler)
+        both = guided(in_type, denoiser.null_condition, self.scale, denoiser.guide)
+        return lambda: integrate(both, self.process, noise, cond, self.sampler)
 
 
-def _call(predict: Predict, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+def _call(predict: Predict, x: Tensor, cond: Condition) -> Callable[[], Tensor]:
     t = torch.full((len(x),), 500, device=x.device)
 
     @torch.no_grad()
     def call() -> Tensor:
-        return predict(x, t, labels)
+        return predict(x, t, cond)
 
     return call
 

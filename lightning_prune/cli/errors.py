@@ -11,6 +11,7 @@ from collections.abc import Callable
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_prune.protocols import GateNotMet, InputError
+from lightning_prune.signals import Stopped
 
 _SCAFFOLD = (
     r'[Pp]arser key "|Problem with given class_path|Given value|Subtypes: |Errors:$|'
@@ -20,7 +21,7 @@ _LONGEST = 400
 
 
 def one_line_errors(action: Callable[[], int], debug: bool) -> int:
-    """Run `action`; an error of the user's is one line and status 2, a gate not met status 3, any other 1."""
+    """Run `action`; an error of the user's is one line and status 2, a gate not met 3, signal n 128 + n, others 1."""
     try:
         return action()
     except KeyboardInterrupt:
@@ -28,6 +29,9 @@ def one_line_errors(action: Callable[[], int], debug: bool) -> int:
     except GateNotMet as error:
         print(f"lightning_prune: gate not met: {error}", file=sys.stderr)
         return 3
+    except Stopped as stop:
+        print(f"lightning_prune: {stop}", file=sys.stderr)
+        return 128 + stop.signum
     except Exception as error:
         cause = input_error_behind(error)
         status = 2 if cause else 1

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_prune import jobs
 from lightning_prune.cli.run_folder import RunSettings
 
 _ROWS_BETWEEN_SAVES = 50
@@ -18,8 +21,9 @@ _ROWS_BETWEEN_SAVES = 50
 class MetricsFile(Logger):
     """`metrics.csv` of a run: one row per logged step.
 
-    Lightning's own CSV logger deletes the file when a run starts again in its folder. Here a resumed run keeps the
-    rows before the step it resumes at, so the file reads as if it had never stopped.
+    Lightning's own CSV logger deletes the file when a run starts again in its folder. Here a resumed run keeps what
+    was logged before the first row it logs itself, so the file reads as if it had never stopped. Training and
+    validation log at one step, in that order.
 
     Args:
         folder: folder of the run.
@@ -47,7 +51,7 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         at = 0 if step is None else step
         if self._rows is None:
-            self._rows = [row for row in self._read() if int(row["step"]) < at]
+            self._rows = [row for row in self._read() if _before(row, at, metrics)]
         self._rows.append({"step": at, **{k: v for k, v in metrics.items() if k != "step"}})
         self._unsaved += 1
         if self._unsaved >= _ROWS_BETWEEN_SAVES:
@@ -78,19 +82,34 @@ class MetricsFile(Logger):
             return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(stream)]
 
 
+def _before(row: Mapping[str, Any], step: int, metrics: Mapping[str, float]) -> bool:
+    """Whether an earlier start logged `row` before `metrics` at `step`: other values at the same step are older."""
+    found = int(row["step"])
+    return found < step or (found == step and not (row.keys() & metrics.keys()) - {"step", "epoch"})
+
+
 def run_loggers(settings: RunSettings, folder: Path) -> list[Logger]:
     """`metrics.csv` in the run folder, and W&B unless disabled."""
     chosen: list[Logger] = [MetricsFile(folder)]
     if settings.wandb != "disabled":
-        offline = settings.wandb == "offline"
-        run_id = wandb_id(folder)
         chosen.append(
-            WandbLogger(project=settings.project, name=folder.name, save_dir=folder, offline=offline, id=run_id)
+            WandbLogger(
+                project=settings.project,
+                name=folder.name,
+                save_dir=folder,
+                offline=settings.wandb == "offline",
+                id=wandb_id(folder),
+                group=settings.group or os.environ.get("SLURM_ARRAY_JOB_ID"),
+                job_type=settings.job_type,
+                tags=settings.tags,
+            )
         )
     return chosen
 
 
 def wandb_id(folder: Path) -> str:
-    """The W&B id of a run: that of its first start if it is resumed, so that W&B sees one run."""
+    """The W&B id of a run: a sweep's agent chose it, or it is that of the first start, so that W&B sees one run."""
+    if trial := jobs.sweep_trial():
+        return trial
     earlier = sorted((folder / "wandb").glob("*run-*-*"))
     return earlier[0].name.rsplit("-", 1)[1] if earlier else secrets.token_hex(4)

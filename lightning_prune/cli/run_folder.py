@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightning_prune.jobs import current_job
 from lightning_prune.protocols import InputError
 
 _ENV = "LIGHTNING_PRUNE_RUN_FOLDER"
@@ -24,6 +25,9 @@ class RunSettings:
         name: folder of this run inside `root`; if it exists, a number is appended.
         wandb: "offline" writes a W&B record to disk, "online" also sends it, "disabled" writes none.
         project: W&B project.
+        group: W&B group; null is the id of the job array, if there is one.
+        job_type: W&B job type.
+        tags: W&B tags.
         checkpoint_every: optimizer steps between checkpoints.
     """
 
@@ -31,6 +35,9 @@ class RunSettings:
     name: str = "run"
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "lightning_prune"
+    group: str | None = None
+    job_type: str = "fit"
+    tags: list[str] | None = None
     checkpoint_every: int = 500
 
 
@@ -39,7 +46,7 @@ def resolve(settings: RunSettings, ckpt_path: str | None) -> Path:
 
     A checkpoint inside `<root>/<name>` or a numbered sibling continues in its own folder; otherwise an existing
     folder is left alone and the next free number is taken. Processes that one command starts agree through the
-    environment; those that a scheduler starts side by side cannot, and share `<name>-<job id>`.
+    environment; those that a scheduler starts cannot, side by side or one after the other, and share `<name>-<job>`.
 
     Raises:
         InputError: the folder cannot be written.
@@ -55,6 +62,21 @@ def resolve(settings: RunSettings, ckpt_path: str | None) -> Path:
         raise InputError(f"run.root: cannot write to {existing}")
     os.environ[_ENV] = str(folder)
     return folder
+
+
+def checkpoint_to_resume(folder: Path) -> Path | None:
+    """What an earlier start of the same job left to go on from.
+
+    Raises:
+        InputError: the job starts for the first time, but a run is in its folder: two of one name in one job, or a
+            scheduler that counts from 1 again.
+    """
+    job, last = current_job(), folder / "checkpoints" / "last.ckpt"
+    if job is None or not last.exists():
+        return None
+    if not job.restarted:
+        raise InputError(f"run.name: {folder} holds a run already; give each fit of a job a name of its own")
+    return last
 
 
 def create(folder: Path) -> None:
@@ -90,9 +112,8 @@ def _resumed(settings: RunSettings, ckpt_path: str | None) -> Path | None:
 
 
 def _of_job(base: Path) -> Path | None:
-    world = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1")))
-    job = os.environ.get("SLURM_JOB_ID", os.environ.get("TORCHELASTIC_RUN_ID"))
-    return base.with_name(f"{base.name}-{job}") if job and world > 1 else None
+    job = current_job()
+    return base.with_name(f"{base.name}-{job.name}") if job else None
 
 
 def _next_free(folder: Path) -> Path:

@@ -15,10 +15,11 @@ import torch
 import wandb
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
 import lightning_prune.callbacks
 import lightning_prune.data  # noqa: F401
-from lightning_prune import methods
+from lightning_prune import jobs, methods, signals
 from lightning_prune.callbacks import (
     ArtifactWriter,
     EfficiencyReport,
@@ -26,6 +27,7 @@ from lightning_prune.callbacks import (
     LastCheckpoint,
     RunRecord,
     StepProgress,
+    StopOnSignal,
 )
 from lightning_prune.cli import run_folder
 from lightning_prune.cli.checkpoints import check_checkpoint
@@ -59,10 +61,17 @@ class PruningCLI(LightningCLI):
         self.folder = run_folder.resolve(self.settings, config.get("ckpt_path"))
 
     def before_fit(self) -> None:
+        self._resume_job()
         self._check_checkpoint()
         self._check_gate()
         # W&B falls back to a temporary folder if this one does not exist when it starts.
         run_folder.create(self.folder)
+
+    def _resume_job(self) -> None:
+        """Another start of a job goes on with its run. The recorded configuration is that of every start."""
+        config = self.config_init[self.subcommand]
+        if config.get("ckpt_path") is None and (checkpoint := run_folder.checkpoint_to_resume(self.folder)):
+            config["ckpt_path"] = str(checkpoint)
 
     def before_validate(self) -> None:
         self._check_checkpoint()
@@ -118,6 +127,7 @@ class PruningCLI(LightningCLI):
                 "default_root_dir": str(self.folder),
                 "logger": self._loggers(config.get("logger")),
                 "callbacks": [*(config.get("callbacks") or []), *self._standing_callbacks(config)],
+                "plugins": _plugins(config.get("plugins")),
                 **kwargs,
             }
         )
@@ -137,7 +147,7 @@ class PruningCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             callbacks.append(StepProgress())
         if self.subcommand == "fit" and config.get("enable_checkpointing") is not False:
-            callbacks.append(LastCheckpoint(self.settings.checkpoint_every))
+            callbacks += [LastCheckpoint(self.settings.checkpoint_every), StopOnSignal()]
         return callbacks
 
     def _resolved(self) -> str:
@@ -149,11 +159,40 @@ class PruningCLI(LightningCLI):
         return text
 
 
+def _plugins(given: Any) -> Any:
+    """The given plugins, and under SLURM an environment that leaves stopping and requeueing to `StopOnSignal`.
+
+    Lightning's own saves inside a signal handler, where processes of different steps wait for each other for ever
+    (issue 21406 of its repository).
+    """
+    plugins = given if isinstance(given, list) else [given] if given else []
+    if jobs.in_slurm() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        plugins = [*plugins, SLURMEnvironment(auto_requeue=False)]
+    return plugins or None
+
+
+def build(cli: type[PruningCLI]) -> None:
+    """Parse `sys.argv` and run the verb it names."""
+    cli(
+        PruningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        parser_kwargs={"exit_on_error": False, "prog": "lightning_prune"},
+        args=None,
+    )
+
+
 def run(args: Sequence[str]) -> int:
     """Parse `args` and run the verb. Returns the exit status."""
     os.environ.setdefault("WANDB_SILENT", "true")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     torch.set_flush_denormal(True)
+    if jobs.outside_srun():
+        raise InputError(f"SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but this was started without srun: no peers")
     if args[0] != "fit":
         # Averaging is for training: a checkpoint's `state_dict` holds the averaged weights already.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
@@ -161,17 +200,8 @@ def run(args: Sequence[str]) -> int:
     # Lightning's launcher starts further processes from sys.argv, so the program's own name has to stay.
     argv, sys.argv = sys.argv, [sys.argv[0], *args]
     try:
-        PruningCLI(
-            PruningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, "prog": "lightning_prune"},
-            args=None,
-        )
+        with signals.listening():
+            build(PruningCLI)
     except BaseException as error:
         wandb.finish(exit_code=1)
         if input_error_behind(error):

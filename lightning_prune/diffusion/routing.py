@@ -87,6 +87,18 @@ class StagedDenoiser(Denoiser):
     def null_condition(self, cond: Condition) -> Condition:
         return self._shells[0].null_condition(cond)
 
+    def blank_condition(self, batch: int, device: torch.device | str) -> Condition:
+        return self._shells[0].blank_condition(batch, device)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        return self._shells[self._stage].guide(conditional, unconditional, scale)
+
+    def config(self) -> dict[str, Any]:
+        return self._shells[0].config()
+
+    def arguments(self) -> dict[str, Any]:
+        return self._shells[0].arguments()
+
     def default_dense(self) -> Sequence[str]:
         return self._shells[0].default_dense()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_prune.diffusion.conditions import Condition, move, stack
 from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.models.base import guide_every_channel
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler, make_solver
 from lightning_prune.protocols import StepAware
@@ -20,6 +21,7 @@ from lightning_prune.seeds import derive
 
 Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 OnStep = Callable[[int], None]
+Guide = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def initial_noise(ids: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -28,8 +30,13 @@ def initial_noise(ids: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.stack(rows)
 
 
-def guided(predict: Predict, null_condition: Callable[[Condition], Condition], guidance: float) -> Predict:
-    """Classifier-free guidance, uncond + w (cond - uncond) (Ho and Salimans 2022), in one doubled batch.
+def guided(
+    predict: Predict,
+    null_condition: Callable[[Condition], Condition],
+    guidance: float,
+    guide: Guide = guide_every_channel,
+) -> Predict:
+    """Classifier-free guidance in one doubled batch; `guide` is the family's rule (`Denoiser.guide`).
 
     A scale of 1 is the conditional prediction alone and costs one call.
     """
@@ -39,7 +46,7 @@ def guided(predict: Predict, null_condition: Callable[[Condition], Condition], g
     def both(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         stacked = predict(torch.cat([x, x]), torch.cat([t, t]), stack(cond, null_condition(cond)))
         conditional, unconditional = stacked.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        return guide(conditional, unconditional, guidance)
 
     return both
 
@@ -101,7 +108,7 @@ def sample_images(
     denoiser.eval()
     try:
         noise = initial_noise(ids, denoiser.sample_shape, seed).to(device)
-        predict = guided(denoiser, denoiser.null_condition, sampler.guidance)
+        predict = guided(denoiser, denoiser.null_condition, sampler.guidance, denoiser.guide)
         return integrate(predict, process, noise, move(cond, device), sampler, enter)
     finally:
         denoiser.train(was_training)

@@ -21,7 +21,7 @@ from lightning_prune import __version__
 from lightning_prune.checksums import sha256
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.routing import StagedDenoiser
-from lightning_prune.export import staged
+from lightning_prune.export import packed, staged
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.masks import effective_state, masked_layers
 
@@ -59,7 +59,7 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
         "schema": SCHEMA,
         "lightning_prune": __version__,
         "method": [method],
-        "base": {"class": network_class, "weights": denoiser.weights},
+        "base": _base(denoiser, network_class),
         "files": {name: sha256(folder / name) for name in (weights, "config.json")},
         **own,
         **details,
@@ -69,6 +69,13 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     return final
+
+
+def _base(denoiser: Denoiser, network_class: str) -> dict[str, Any]:
+    """The network it was made from, and what its family has to be told besides the weights."""
+    base = {"class": network_class, "weights": denoiser.weights}
+    arguments = denoiser.arguments()
+    return base | ({"arguments": arguments} if arguments else {})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -101,10 +108,12 @@ def load(path: str | Path) -> Denoiser:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    name = manifest["base"]["class"]
+    name, arguments = manifest["base"]["class"], manifest["base"].get("arguments", {})
     if name not in families():
         raise InputError(f"{folder / MANIFEST}: no backbone is known for {name}")
     if "stages" in manifest:
         return staged.read(families()[name], folder, manifest).eval()
-    denoiser: Denoiser = families()[name](weights=str(folder))
+    if "semi_structured" in manifest:
+        return packed.read_packed(families()[name], folder, manifest).eval()
+    denoiser: Denoiser = families()[name](weights=str(folder), **arguments)
     return denoiser.eval()

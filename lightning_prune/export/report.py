@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
@@ -48,6 +49,17 @@ def costs(variants: Mapping[str, Variant], process: Process, sampler: Sampler) -
     found = {name: trajectory_cost(v.denoiser, process, v.sampler or sampler) for name, v in variants.items()}
     dense = next(iter(found.values())).macs()
     return {name: _cost(variants[name], trajectory, dense) for name, trajectory in found.items()}
+
+
+def with_fewer_steps(variants: Mapping[str, Variant], process: Process, sampler: Sampler) -> dict[str, Variant]:
+    """The control at equal cost: before the last network, the first with as many steps as the last one's MACs allow."""
+    *rest, result = variants
+    first = variants[rest[0]]
+    budget = trajectory_cost(variants[result].denoiser, process, variants[result].sampler or sampler).macs()
+    a_step = trajectory_cost(first.denoiser, process, replace(sampler, steps=1)).macs()
+    steps = max(1, int(budget / a_step))
+    control = {f"{rest[0]}, {steps} steps": Variant(first.denoiser, replace(sampler, steps=steps))}
+    return {**{name: variants[name] for name in rest}, **control, result: variants[result]}
 
 
 def _cost(variant: Variant, trajectory: TrajectoryCost, dense: Fraction) -> Cost:
@@ -231,8 +243,16 @@ def table_cells(report: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def write_report(report: Mapping[str, Any], notes: Sequence[str], folder: Path, name: str = "report") -> None:
-    """Write `<name>.json` and `<name>.md` into `folder`, made if need be."""
+def write_report(
+    report: Mapping[str, Any], notes: Sequence[str], scores: Mapping[str, Score], folder: Path, name: str = "report"
+) -> None:
+    """Write `<name>.json` and `<name>.md` into `folder`, made if need be.
+
+    `<name>-influence.safetensors` beside them holds each sample's influence on the distance, by row, from which
+    networks of different runs are compared in pairs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    influence = {row: score.fd.influence.float().contiguous() for row, score in scores.items()}
+    save_file(influence, folder / f"{name}-influence.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / f"{name}.md").write_text(to_markdown(report, notes))

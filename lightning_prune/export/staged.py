@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_prune.diffusion.models import Denoiser
-from lightning_prune.diffusion.models.base import first_difference, read_config
+from lightning_prune.diffusion.pretrained import first_difference, read_config
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.widths import width_groups
 from lightning_prune.protocols import InputError, WidthGroup
@@ -27,7 +27,7 @@ FILE = "stages.safetensors"
 
 def write(denoiser: StagedDenoiser, folder: Path) -> dict[str, Any]:
     """Write the tensors into `folder`; returns what the manifest says about the stages."""
-    dense = width_groups(denoiser.family(config=dict(denoiser.config())).network)
+    dense = width_groups(denoiser.family(config=denoiser.config(), **denoiser.arguments()).network)
     stored: dict[str, list[Tensor]] = {}
     stages = []
     first = 0
@@ -64,7 +64,8 @@ def read(family: type[Denoiser], folder: Path, manifest: Mapping[str, Any]) -> S
     Raises:
         InputError: stages or tensors that do not fit the configuration beside them.
     """
-    dense = family(config=read_config(folder / "config.json", family.network_class))
+    arguments = manifest["base"].get("arguments", {})
+    dense = family(config=read_config(folder / "config.json", family.network_class), **arguments)
     groups = width_groups(dense.network)
     try:
         tensors = load_file(folder / FILE)

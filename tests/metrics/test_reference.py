@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_prune.files import written_whole
 from lightning_prune.metrics.extractors import Extracted
-from lightning_prune.metrics.files import written_whole
 from lightning_prune.metrics.frechet import Moments, distance, frechet_distance
 from lightning_prune.metrics.reference import (
     Reference,

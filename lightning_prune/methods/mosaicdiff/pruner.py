@@ -61,6 +61,7 @@ class Pruner:
         seed: seed of the random criterion and of searches.
         importance: first-order importance [bins, units] by group, for the "taylor" criterion.
         facts: further entries of the manifest.
+        curves: measured errors that recipes share.
     """
 
     dense: Denoiser
@@ -74,6 +75,8 @@ class Pruner:
     seed: int = 0
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    curves: dict[Any, Tensor] = field(default_factory=dict)
+    _known: dict[Any, Removal] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.groups: list[WidthGroup] = list(self.dense.groups())
@@ -131,6 +134,13 @@ class Pruner:
         ]
 
     def _removal(self, stage: Stage, group: WidthGroup, recipe: Recipe, order: Sequence[int] | None) -> Removal:
+        """Recipes that ask for the same removal share it."""
+        key = (stage, group.name, recipe.criterion, recipe.compensate, recipe.affine, order)
+        if key not in self._known:
+            self._known[key] = self._find_removal(stage, group, recipe, order)
+        return self._known[key]
+
+    def _find_removal(self, stage: Stage, group: WidthGroup, recipe: Recipe, order: Sequence[int] | None) -> Removal:
         layer = self.layer(stage, group, recipe.affine)
         if order is None and recipe.criterion != "obs":
             order = self._order(stage, group, recipe, layer)

@@ -24,7 +24,7 @@ SHOWN = ("loss", "sparsity", "val_loss", "fd_fashion")
 
 def steps_done(trainer: pl.Trainer) -> int:
     """Optimizer steps so far; batches where a module trains nothing."""
-    return trainer.global_step if trainer.optimizers else trainer.fit_loop.epoch_loop.batch_progress.total.completed
+    return trainer.global_step if trainer.optimizers else trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
 class StepProgress(ProgressBar):

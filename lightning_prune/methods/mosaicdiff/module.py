@@ -28,7 +28,7 @@ from lightning_prune.methods.mosaicdiff.plan import (
     stages_for,
     visited_timesteps,
 )
-from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner
+from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, check_reach
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe
 from lightning_prune.module import Batch, PruningModule
@@ -59,7 +59,6 @@ class MosaicDiff(PruningModule):
         power: mean square of clean data; null measures it on the first batch.
         damping: of the second moments, relative to their mean diagonal.
         probe_images: images that allocations measure with.
-        fewer_steps: report the dense network with fewer steps, at no more MACs, too.
         spill: keep statistics in a file mapped from the run folder instead of in memory.
         seed: seed of timesteps and noise; null takes that of `seed_everything`.
     """
@@ -79,7 +78,6 @@ class MosaicDiff(PruningModule):
         power: float | None = None,
         damping: float = 1e-3,
         probe_images: int = 16,
-        fewer_steps: bool = True,
         spill: bool = True,
         seed: int | None = None,
     ) -> None:
@@ -101,7 +99,7 @@ class MosaicDiff(PruningModule):
         self.sampler = Sampler(sampler, steps, guidance)
         self.calibration, self.guidance_weighted = calibration, guidance_weighted
         self.power, self.damping, self.probe_images = power, damping, probe_images
-        self.fewer_steps, self.spill = fewer_steps, spill
+        self.spill = spill
         self.grid = sampling_grid(process, self.sampler)
         # Refuses stages that the sampler has no steps for before any work is done.
         for each in self._recipes().values():
@@ -148,6 +146,8 @@ class MosaicDiff(PruningModule):
             # The same on every process, or their stages would differ.
             power = self.trainer.strategy.reduce(batch["x"].square().mean().to(self.device), reduce_op="mean")
             self.power = float(power)
+        for recipe in self._recipes().values():
+            check_reach(self.denoiser, self.grid, self.power, recipe, self.target)
         self._probe_cond = self._same_everywhere(move(_rows(batch["cond"], self.probe_images), self.device))
         partitions = [stages_for(recipe, self.grid, self.power) for recipe in self._recipes().values()]
         self._make_statistics(refine(partitions))
@@ -216,7 +216,7 @@ class MosaicDiff(PruningModule):
         x0, now = batch["x"], [0]
         generator = self.step_generator(2, index)
         noise = torch.randn(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype)
-        plain = guided(self.denoiser, self.denoiser.null_condition, self.sampler.guidance)
+        plain = guided(self.denoiser, self.denoiser.null_condition, self.sampler.guidance, self.denoiser.guide)
 
         def predict(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
             bin_of = torch.full((len(x),), stage_at(self._bins, now[0]))
@@ -336,13 +336,9 @@ class MosaicDiff(PruningModule):
                         logger.log_table(f"{key}/{stem}", columns=list(table[0]), data=data)
 
     def variants(self) -> dict[str, Variant]:
-        """The dense network, the same with fewer steps, the rivals, the result; before pruning all are dense."""
+        """The dense network, the rivals, the result; before pruning all are dense."""
         dense, results = Variant(self.denoiser), self.results()
         found = {"dense": dense}
-        if self.fewer_steps and self.recipe.sparsity is None:
-            steps = max(1, int((1 - self.target) * self.sampler.steps))
-            sampler = Sampler(self.sampler.name, steps, self.sampler.guidance)
-            found[f"dense, {steps} steps"] = Variant(self.denoiser, sampler)
         for name in self._recipes():
             found[name] = Variant(results[name].denoiser) if name in results else dense
         return found

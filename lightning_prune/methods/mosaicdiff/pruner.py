@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from lightning_prune.pruning.allocation import (
 )
 from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.obs import Layer, Removal, columns_of, greedy_removal, removal_in_order
-from lightning_prune.pruning.stages import Stage, published_sparsities, stage_means
+from lightning_prune.pruning.stages import Grid, Stage, published_sparsities, stage_means
 from lightning_prune.pruning.structural import Width, slim
 from lightning_prune.seeds import derive
 
@@ -61,6 +61,7 @@ class Pruner:
         seed: seed of the random criterion and of searches.
         importance: first-order importance [bins, units] by group, for the "taylor" criterion.
         facts: further entries of the manifest.
+        curves: measured errors that recipes share.
     """
 
     dense: Denoiser
@@ -74,6 +75,8 @@ class Pruner:
     seed: int = 0
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    curves: dict[Any, Tensor] = field(default_factory=dict)
+    _known: dict[Any, Removal] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.groups: list[WidthGroup] = list(self.dense.groups())
@@ -131,6 +134,13 @@ class Pruner:
         ]
 
     def _removal(self, stage: Stage, group: WidthGroup, recipe: Recipe, order: Sequence[int] | None) -> Removal:
+        """Recipes that ask for the same removal share it."""
+        key = (stage, group.name, recipe.criterion, recipe.compensate, recipe.affine, order)
+        if key not in self._known:
+            self._known[key] = self._find_removal(stage, group, recipe, order)
+        return self._known[key]
+
+    def _find_removal(self, stage: Stage, group: WidthGroup, recipe: Recipe, order: Sequence[int] | None) -> Removal:
         layer = self.layer(stage, group, recipe.affine)
         if order is None and recipe.criterion != "obs":
             order = self._order(stage, group, recipe, layer)
@@ -169,10 +179,10 @@ class Pruner:
         self, recipe: Recipe, target: float, stages: list[Stage], removals: list[list[Removal]], problem: Problem
     ) -> Removed:
         if recipe.sparsity is not None:
-            return uniform_in_stages(problem, self._rule(recipe, stages)(recipe.sparsity))
+            return uniform_in_stages(problem, rule_of(recipe, stages, self.grid, self.power)(recipe.sparsity))
         budget = problem.budget(target)
         if recipe.allocation in ("published", "uniform"):
-            return solve_level(problem, self._rule(recipe, stages), budget)[1]
+            return solve_level(problem, rule_of(recipe, stages, self.grid, self.power), budget)[1]
         if recipe.allocation == "evolution":
             drift = self.drift_of(stages, recipe, removals)
             return evolution.search(problem, budget, drift, recipe.evaluations, derive(self.seed, 72))
@@ -184,13 +194,6 @@ class Pruner:
         else:
             weighted = measured_errors(self, stages, recipe, removals, problem)
         return dynamic(replace(problem, errors=weighted), budget)
-
-    def _rule(self, recipe: Recipe, stages: list[Stage]) -> Any:
-        """From S to the sparsity of each stage."""
-        if recipe.allocation == "uniform":
-            return lambda average: [average] * len(stages)
-        means = stage_means(self.grid.score(self.power, recipe.snr_weight), stages)
-        return lambda average: published_sparsities(means, stages, average, recipe.maximum)
 
     def drift_of(self, stages: list[Stage], recipe: Recipe, removals: list[list[Removal]]) -> Any:
         """From an allocation to the mean squared difference of its images from the dense network's."""
@@ -230,6 +233,34 @@ class Pruner:
             networks.append(slim(self.dense.network, self.groups, widths))
         denoiser = StagedDenoiser(self.dense, networks, [stage.steps for stage in stages], facts)
         return denoiser.eval().requires_grad_(False)
+
+
+def rule_of(recipe: Recipe, stages: Sequence[Stage], grid: Grid, power: float) -> Callable[[float], list[float]]:
+    """From S to the sparsity of each stage, for recipes that have one for all layers."""
+    if recipe.allocation == "uniform":
+        return lambda average: [average] * len(stages)
+    means = stage_means(grid.score(power, recipe.snr_weight), stages)
+    return lambda average: published_sparsities(means, stages, average, recipe.maximum)
+
+
+def check_reach(dense: Denoiser, grid: Grid, power: float, recipe: Recipe, target: float) -> None:
+    """Whether a recipe can remove a share `target` of the MACs, before there are statistics.
+
+    Raises:
+        InputError: it cannot; the message names the largest share it can remove.
+    """
+    groups, ledger = list(dense.groups()), count_denoiser(dense)
+    stages = stages_for(recipe, grid, power)
+    errors = [[torch.zeros(group.units) for group in groups] for _ in stages]
+    units = [unit_macs(ledger, group) for group in groups]
+    problem = Problem(groups, units, ledger.macs(), [s.steps for s in stages], errors, recipe.maximum)
+    rule = rule_of(recipe, stages, grid, power) if recipe.allocation in ("published", "uniform") else None
+    if recipe.sparsity is not None and rule is not None:
+        rule(recipe.sparsity)
+        return
+    budget = problem.budget(target)
+    if rule is not None:
+        solve_level(problem, rule, budget)
 
 
 def unit_macs(ledger: Ledger, group: WidthGroup) -> int:

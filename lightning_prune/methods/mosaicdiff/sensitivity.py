@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.diffusion.conditions import Condition, move
+from lightning_prune.diffusion.conditions import Condition, move, stack
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import guided, initial_noise, integrate
 from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.protocols import WidthGroup
 from lightning_prune.pruning.allocation import Problem, rising
 from lightning_prune.pruning.obs import Removal
 from lightning_prune.pruning.stages import Stage
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lightning_prune.methods.mosaicdiff.pruner import Pruner
     from lightning_prune.methods.mosaicdiff.recipe import Recipe
 
-_SHARES = (0.25, 0.5, 0.75)
+_SHARES = (1 / 3, 2 / 3)
 _STEPS_PER_STAGE = 2
 
 
@@ -83,7 +84,7 @@ class Probe:
 
     def predict(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The dense network's guided prediction, whatever is masked in it."""
-        return guided(self.dense, self.dense.null_condition, self.sampler.guidance)(x, t, cond)
+        return guided(self.dense, self.dense.null_condition, self.sampler.guidance, self.dense.guide)(x, t, cond)
 
     def _trace(self) -> None:
         if self._final is not None:
@@ -99,21 +100,21 @@ class Probe:
     def _sample(self, denoiser: StagedDenoiser | None, on_step: Any, predict: Any = None) -> Tensor:
         noise = initial_noise(torch.arange(self.images), self.dense.sample_shape, self.seed).to(self.device)
         if denoiser is not None:
-            predict = guided(denoiser, denoiser.null_condition, self.sampler.guidance)
+            predict = guided(denoiser, denoiser.null_condition, self.sampler.guidance, denoiser.guide)
         return integrate(predict, self.process, noise, move(self.cond, self.device), self.sampler, on_step)
 
 
 @torch.no_grad()
 def output_error(probe: Probe, steps: Sequence[int], pruned: Sequence[tuple[Any, Width]]) -> float:
     """Mean squared error of the prediction over the states of some steps, with groups masked to the given widths."""
-    total = 0.0
-    with ExitStack() as stack:
+    x, t, expected = (torch.cat(parts) for parts in zip(*(probe.states(step) for step in steps), strict=True))
+    cond = own = move(probe.cond, probe.device)
+    for _ in steps[1:]:
+        cond = stack(cond, own)
+    with ExitStack() as masks:
         for group, width in pruned:
-            stack.enter_context(masked(probe.dense.network, group, width))
-        for step in steps:
-            x, t, expected = probe.states(step)
-            total += float((probe.predict(x, t, move(probe.cond, probe.device)) - expected).square().mean())
-    return total / len(steps)
+            masks.enter_context(masked(probe.dense.network, group, width))
+        return float((probe.predict(x, t, cond) - expected).square().mean())
 
 
 def steps_to_probe(stage: Stage) -> list[int]:
@@ -139,6 +140,13 @@ def measured_errors(
 def _curve(pruner: Pruner, stage: Stage, recipe: Recipe, number: int, removal: Removal, most: int) -> Tensor:
     """Output error of removing the first k units of one group, interpolated between measured widths."""
     group = pruner.groups[number]
+    key = (stage, group.name, removal.order, recipe.compensate, recipe.affine, most)
+    if key not in pruner.curves:
+        pruner.curves[key] = _measure(pruner, stage, recipe, group, removal, most)
+    return pruner.curves[key]
+
+
+def _measure(pruner: Pruner, stage: Stage, recipe: Recipe, group: WidthGroup, removal: Removal, most: int) -> Tensor:
     layer = pruner.layer(stage, group, recipe.affine) if recipe.compensate else None
     counts = sorted({max(1, round(share * most)) for share in _SHARES} | {most}) if most else []
     own, measured = [], []

@@ -55,7 +55,8 @@ class QueryPruner(nn.Module):
             queries = self.encoder(queries)
             queries = queries.transpose(0, 1) if self.across_steps else queries
         skip, keep = self.heads(queries.reshape(len(self.queries), -1)).unbind(-1)
-        return (keep - skip).view(self.shape)
+        scores: Tensor = keep - skip
+        return scores.view(self.shape)
 
 
 class QueryEncoder(nn.Module):
@@ -83,7 +84,9 @@ class GateHeads(nn.Module):
     def __init__(self, gates: int, width: int) -> None:
         super().__init__()
         sizes = [(width, _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, 2)]
-        self.weights = nn.ParameterList(torch.empty(gates, *size).uniform_(-1, 1) / math.sqrt(size[0]) for size in sizes)
+        self.weights = nn.ParameterList(
+            torch.empty(gates, *size).uniform_(-1, 1) / math.sqrt(size[0]) for size in sizes
+        )
         self.biases = nn.ParameterList(torch.empty(gates, 1, o).uniform_(-1, 1) / math.sqrt(i) for i, o in sizes)
         with torch.no_grad():
             self.weights[-1].zero_()

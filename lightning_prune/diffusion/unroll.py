@@ -81,7 +81,8 @@ class Unroll:
             prediction, state = self._step(x.to(weight.dtype), t, cond, run[index], state)
             return prediction.to(x.dtype)
 
-        both = guided(predict, self.denoiser.null_condition, self.sampler.guidance)
+        family = self.denoiser
+        both = guided(predict, family.null_condition, self.sampler.guidance, family.guide)
         return trajectory(both, self.process, noise, cond, self.sampler, enter)
 
     def _step(self, x: Tensor, t: Tensor, cond: Condition, row: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -1,5 +1,7 @@
 """The parts of DiP-GO: the published network and its start, losses, gates at a budget."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -55,8 +57,9 @@ def test_the_published_start_has_no_consistency_gradient() -> None:
     student = unroll(noise, labels, drawn.run)
     teacher = sample_images(denoiser, process, torch.arange(2), labels, sampler)
     assert torch.equal(student, teacher)
-    for loss in ("mse", "ssim"):
-        value = consistency(student, teacher, loss)  # type: ignore[arg-type]
+    losses: tuple[ConsistencyLoss, ...] = ("mse", "ssim")
+    for loss in losses:
+        value = consistency(student, teacher, loss)
         (gradient,) = torch.autograd.grad(value, scores, retain_graph=True)
         assert abs(float(value.detach())) < 1e-6
         assert float(gradient.abs().max()) < 1e-6
@@ -78,8 +81,8 @@ def test_budgeted_gates_have_one_from_the_first_step() -> None:
 
 
 @pytest.mark.parametrize("make", GRAPHS)
-def test_gates_drawn_at_a_budget_cost_it(make: object) -> None:
-    graph = make()  # type: ignore[operator]
+def test_gates_drawn_at_a_budget_cost_it(make: Any) -> None:
+    graph = make()
     costs = BlockCosts(tuple(range(3, 3 + len(graph))), 1, idle=1 if graph.independent else 0)
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(20, len(graph), generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -102,6 +103,8 @@ class DiPGO(PruningModule):
     ) -> None:
         super().__init__(denoiser, process, optimizer, lr_schedule, warmup_steps, ema_decay=None, seed=seed)
         self.denoiser.requires_grad_(False).eval()
+        # It stays in evaluation mode, which is what Lightning warns of.
+        warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training")
         self.budget, self.further_budgets = budget, sorted(further_budgets or [], reverse=True)
         self.preset, self.consistency_loss = preset, loss
         self.temperature, self.collapse_weight, self.whole_steps = temperature, collapse_weight, whole_steps
@@ -216,7 +219,7 @@ class DiPGO(PruningModule):
 
     # The checkpoint holds the pruner and the teacher's images; the frozen network is where it came from.
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The pruner's tensors."""
         whole: dict[str, Any] = super().state_dict(*args, **kwargs)
         return {name: tensor for name, tensor in whole.items() if not name.startswith("denoiser.")}
@@ -248,21 +251,24 @@ class DiPGO(PruningModule):
             keep = torch.sigmoid(scores).tolist()
             return {budget: bisect_threshold(keep, graph, costs, budget) for budget in self.budgets}
         if self.selection == "greedy":
-            skip = torch.sigmoid(-scores).tolist()
-            return {budget: greedy_cascades(skip, graph, costs, 1 - budget) for budget in self.budgets}
+            found = {b: greedy_cascades(torch.sigmoid(-scores).tolist(), graph, costs, 1 - b) for b in self.budgets}
+            # The published rule stops just above the budget.
+            return {b: solve(scores.tolist(), graph, costs, b, within=rows) for b, rows in found.items()}
         return nested(scores.tolist(), graph, costs, self.budgets, self.whole_steps)
 
     def variants(self) -> dict[str, Variant]:
-        """The dense network, what the result is compared with at its budget, further budgets, and the result."""
-        found = self.schedules()
-        sampler, learned = self.problem.sampler, found[f"{self.budget:g}"]
+        """The dense network, then for every budget what its schedule is compared with, and the schedule."""
         rows = {"dense": Variant(self.denoiser)}
-        for name in self.compare:
-            row, variant = control(name, self.denoiser, self.problem, self.budget, learned, self.seed)
-            rows[row] = variant
-        for budget, schedule in found.items():
-            rows[f"dipgo {budget}"] = Variant(gated(self.denoiser, schedule, self.process), sampler)
+        for budget, schedule in self.schedules().items():
+            for name in self.compare:
+                row, variant = control(name, self.denoiser, self.problem, float(budget), schedule, self.seed)
+                rows[row] = variant
+            rows[self.result_name(budget)] = Variant(gated(self.denoiser, schedule, self.process))
         return rows
+
+    def result_name(self, budget: str) -> str:
+        """Name of the row of a budget's schedule."""
+        return f"dipgo {budget}"
 
     def sample_images(
         self, ids: Tensor, cond: Condition, sampler: Sampler, seed: int = 0, on_step: OnStep | None = None

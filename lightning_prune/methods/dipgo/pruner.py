@@ -55,7 +55,8 @@ class QueryPruner(nn.Module):
             queries = self.encoder(queries)
             queries = queries.transpose(0, 1) if self.across_steps else queries
         skip, keep = self.heads(queries.reshape(len(self.queries), -1)).unbind(-1)
-        return (keep - skip).view(self.shape)
+        scores: Tensor = keep - skip
+        return scores.view(self.shape)
 
 
 class QueryEncoder(nn.Module):

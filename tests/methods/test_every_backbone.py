@@ -39,7 +39,7 @@ def build(method: Any, backbone: Backbone, **settings: Any) -> Any:
     return method(denoiser, backbone.process(), **SETTINGS.get(method.__name__, {}), **settings)
 
 
-def fit(module: pl.LightningModule, backbone: Backbone, folder: Path) -> pl.Trainer:
+def fit(module: PruningModule, backbone: Backbone, folder: Path) -> pl.Trainer:
     """Fit one batch."""
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=1, limit_train_batches=1, limit_val_batches=0, use_distributed_sampler=False,

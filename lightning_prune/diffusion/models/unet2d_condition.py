@@ -9,8 +9,10 @@ import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from torch import Tensor
 
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.text import ZEROS, TextDenoiser
+from lightning_prune.diffusion.models.unet_blocks import unet_blocks
 from lightning_prune.protocols import InputError
 
 _PIXELS_PER_LATENT = 8
@@ -69,6 +71,10 @@ class UNet2DCondition(TextDenoiser):
         """First and last convolution, and the embeddings of timestep, pooled prompt and sizes."""
         added = (r"add_embedding\..*",) if self.sized else ()
         return (r"conv_in", r"conv_out", r"time_embedding\..*", r".*time_emb_proj", *added)
+
+    def blocks(self, granularity: str) -> BlockGraph:
+        """Stages ("coarse"), or pairs of resnet and attention and downsamplers ("fine")."""
+        return unet_blocks(self.network, granularity)
 
     def arguments(self) -> dict[str, Any]:
         usual = ZEROS if self.sized else None

@@ -1,0 +1,5 @@
+"""DiP-GO: learned gates over blocks and steps (Zhu et al., NeurIPS 2024)."""
+
+from lightning_prune.methods.dipgo.module import DiPGO
+
+__all__ = ["DiPGO"]

@@ -7,6 +7,7 @@ from lightning_prune.data.fashion import EmbeddedFashion, FashionMNIST
 from lightning_prune.data.folder import ImageFolder
 from lightning_prune.data.hugging_face import HuggingFaceData
 from lightning_prune.data.latents import CachedLatents
+from lightning_prune.data.picture_data import PictureData
 from lightning_prune.data.torchvision_data import TorchvisionData
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "FashionMNIST",
     "HuggingFaceData",
     "ImageFolder",
+    "PictureData",
     "TorchvisionData",
 ]

@@ -171,8 +171,8 @@ def _reach(
 
 def _target(module: PruningModule, plan: Plan, per_image: int) -> dict[str, Any]:
     before = sum(p.numel() for p in module.denoiser.parameters())
-    # Zeros are stored; only tensors that are really smaller take less memory.
-    stored = plan.parameters_kept if plan.axis == "widths" else before
+    # Zeros and skipped blocks are stored; of widths only the run knows what is left, in all stages together.
+    stored = None if plan.parameters_kept is None else _SINGLE * before
     return {
         "method": type(module).__name__,
         "axis": plan.axis,
@@ -184,7 +184,7 @@ def _target(module: PruningModule, plan: Plan, per_image: int) -> dict[str, Any]
         "parameters_before": before,
         "parameters_after": plan.parameters_kept,
         "bytes_before": _SINGLE * before,
-        "bytes_after": _SINGLE * stored,
+        "bytes_after": stored,
     }
 
 

@@ -58,10 +58,12 @@ def _target(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"  MACs an image   {_giga(target['macs_per_image_before'])} to {_giga(target['macs_per_image_after'])} " + (
         f"({target['macs_kept']:.4f} kept)"
     )
+    if target["parameters_after"] is None:
+        yield f"  parameters      {_millions(target['parameters_before'])}; what is left, the run decides"
+        return
     yield f"  parameters      {_millions(target['parameters_before'])} to {_millions(target['parameters_after'])}"
-    stored = "" if target["axis"] == "widths" else " (zeros and skipped blocks are stored like anything else)"
     sizes = f"{_gib(target['bytes_before'])} to {_gib(target['bytes_after'])}"
-    yield f"  weights         {sizes} in single precision{stored}"
+    yield f"  weights         {sizes} in single precision (zeros and skipped blocks are stored like anything else)"
 
 
 def _training(plan: Mapping[str, Any]) -> Iterator[str]:

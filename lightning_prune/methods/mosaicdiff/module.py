@@ -32,7 +32,7 @@ from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, check_reac
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe
 from lightning_prune.module import Batch, PruningModule
-from lightning_prune.protocols import InputError
+from lightning_prune.protocols import InputError, Plan
 from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.frozen import Shared
 from lightning_prune.pruning.stages import Stage, stage_at, stages_of
@@ -278,6 +278,19 @@ class MosaicDiff(PruningModule):
             return tensor.clone()
         total: Tensor = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
         return total.cpu()
+
+    # Planned
+
+    def planned(self) -> Plan:
+        """Widths at the target; which units go in which stage depends on the data.
+
+        Raises:
+            InputError: more is to be removed than can be.
+        """
+        for recipe in self._recipes().values():
+            check_reach(self.denoiser, self.grid, self.power or 1.0, recipe, self.target)
+        names = tuple(group.name for group in self.denoiser.groups())
+        return Plan("widths", f"removing {self.target:g}", names, macs_kept=1 - self.target, parameters_kept=None)
 
     # Results
 

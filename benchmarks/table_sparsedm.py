@@ -25,6 +25,7 @@ CORE = {
     "sr-ste": "baselines/sr-ste.yaml",
     "sparsedm-fixed": "sparsedm/fashion_dit_fixed.yaml",
     "sparsedm-progressive": "sparsedm/fashion_dit_progressive.yaml",
+    "small-dense": "baselines/small-dense.yaml",
 }
 EXTENSION = {
     "gradual-magnitude": "baselines/gradual-magnitude.yaml",
@@ -61,6 +62,8 @@ def jobs() -> Iterator[Job]:
         for seed in SEEDS:
             yield _control(network, seed)
             for variant, config in CORE.items():
+                if (network, variant) == ("fashion_unet", "small-dense"):
+                    continue  # its smaller self has no config yet
                 yield _job(network, variant, config, seed, "core")
     for variant, config in EXTENSION.items():
         yield _job("fashion_dit", variant, config, 0, "extension")
@@ -98,7 +101,7 @@ def _long(variant: str, config: str, options: tuple[str, ...]) -> Job:
 
 
 def _job(network: str, variant: str, config: str, seed: int, tier: str) -> Job:
-    rows = {"sparsedm 2:4": variant}
+    rows = {"small dense" if variant == "small-dense" else "sparsedm 2:4": variant}
     if variant == "asp-retrained":
         rows["one-shot 2:4"] = "one-shot"
     return Job(

@@ -17,6 +17,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe
+from lightning_prune.methods.mosaicdiff.drawings import memory
 from lightning_prune.methods.mosaicdiff.plan import (
     draw_in_bins,
     refine,
@@ -107,6 +108,13 @@ def test_the_run_leaves_tables_drawings_and_an_artefact(run: tuple[MosaicDiff, P
     assert loaded.facts["calibration"] == result.facts["calibration"]
     assert loaded.facts["timesteps"] == [999, 749, 499, 249]
     assert torch.equal(pruned.sample_images(torch.arange(3), torch.tensor([1, 5, 9]), Sampler(steps=4)), images(result))
+
+
+def test_parameters_held_are_counted(run: tuple[MosaicDiff, Path]) -> None:
+    for pruned in run[0].results().values():
+        found = memory(pruned)
+        assert found["dense"] == sum(p.numel() for p in run[0].denoiser.parameters())
+        assert found["shared"] <= found["stitched"]
 
 
 def test_variants_are_named_before_they_exist() -> None:

@@ -324,10 +324,13 @@ class MosaicDiff(PruningModule):
         rows, widths = drawings.stage_table(pruned), drawings.widths_table(pruned)
         curve = drawings.cost_error_curve(pruned)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"stages": rows, "widths": widths, "cost_error": curve, "facts": pruned.denoiser.facts}
+        held = drawings.memory(pruned)
+        content: dict[str, Any] = {"stages": rows, "widths": widths, "cost_error": curve, "parameters": held}
+        content["facts"] = pruned.denoiser.facts
         (folder / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / f"{stem}.svg").write_text(drawings.allocation_svg(pruned, name))
-        Console().print(f"{name}\n{drawings.table_text(rows)}", highlight=False)
+        parameters = ", ".join(f"{kind} {count / 1e6:.2f} M" for kind, count in held.items())
+        Console().print(f"{name}\n{drawings.table_text(rows)}\nparameters: {parameters}", highlight=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 for key, table in (("stages", rows), ("widths", widths), ("cost_error", curve)):

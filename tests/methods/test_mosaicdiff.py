@@ -14,6 +14,7 @@ from torch import Tensor
 import lightning_prune
 from lightning_prune.callbacks import ArtifactWriter, LastCheckpoint
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe
@@ -129,6 +130,22 @@ def test_nothing_to_remove_is_the_dense_network(tmp_path: Path) -> None:
         assert torch.equal(images(result.denoiser), images(pruned.denoiser))
         held = {p.data_ptr() for p in result.denoiser.parameters()}
         assert held == {p.data_ptr() for p in pruned.denoiser.parameters()}
+
+
+class Asking(pl.Callback):
+    """Asks for variants in the middle of the calibration, as a grid of samples does on one process."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        assert pl_module.variants()["mosaicdiff measured"].denoiser is pl_module.denoiser
+
+
+def test_asking_too_early_changes_nothing(tmp_path: Path) -> None:
+    asked = calibrate(module(), tmp_path / "asked", callbacks=[Asking()])
+    plain = calibrate(module(), tmp_path / "plain")
+    assert (
+        asked.results()["mosaicdiff measured"].denoiser.facts == plain.results()["mosaicdiff measured"].denoiser.facts
+    )
+    assert isinstance(asked.variants()["mosaicdiff measured"].denoiser, StagedDenoiser)
 
 
 class SaveAfter(Checkpoint):

@@ -42,11 +42,13 @@ UNET = (
 
 
 # The longer run, what it is held against, and what was tried to bring it within the dense fine-tuned network.
+SHORT = ("--trainer.max_steps=600", "--trainer.val_check_interval=600")
 LONG = {
     "sparsedm-long": (),
-    "sparsedm-long-distill-only": ("--model.noise_weight=0.0",),
-    "sparsedm-long-freeze": ("--model.freeze_masks_at=0.85",),
-    "sparsedm-long-muon": ("--model.optimizer=timm.optim.muon.Muon", "--model.optimizer.lr=0.003"),
+    "sparsedm-600": SHORT,
+    "sparsedm-600-distill-only": (*SHORT, "--model.noise_weight=0.0"),
+    "sparsedm-600-muon": (*SHORT, "--model.optimizer=timm.optim.muon.Muon", "--model.optimizer.lr=0.003"),
+    "sparsedm-600-freeze": (*SHORT, "--model.freeze_masks_at=0.85"),
 }
 
 
@@ -123,7 +125,8 @@ def markdown(table: Table) -> str:
 
 
 def _line(table: Table, row: Row) -> str:
-    control = "dense-fine-tuned-long" if "-long" in row["variant"] else "dense-fine-tuned"
+    long = "-long" in row["variant"] or "-600" in row["variant"]
+    control = "dense-fine-tuned-long" if long else "dense-fine-tuned"
     wanted = (row["network"], row["seed"], control)
     controls = [other for other in table.rows if (other["network"], other["seed"], other["variant"]) == wanted]
     paired = table.difference(row, controls[0]) if controls and controls[0] is not row else None

@@ -15,7 +15,7 @@ from lightning_prune.callbacks.progress import steps_done
 class LastCheckpoint(Checkpoint):
     """Write `checkpoints/last.ckpt` every n optimizer steps, before a validation pass and after the last step.
 
-    Batches count as steps where nothing is trained.
+    Where nothing is trained, batches count for steps.
 
     The last one is written before averaged weights are copied into the network, so a longer run can go on from it;
     `ModelCheckpoint(save_last=True)` writes it after that, or not at all. Add a `ModelCheckpoint` to keep more.

@@ -24,9 +24,11 @@ from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.macs import Ledger, count_denoiser
 from lightning_prune.protocols import InputError, Plan, ResultHook
-from lightning_prune.pruning.frozen import Shared
+from lightning_prune.pruning.frozen import Frozen, Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
+from lightning_prune.sharding import FSDP2, ShardedAverage
+from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
 Batch = Mapping[str, Any]
 _STEPS_BETWEEN_CHECKS = 50
@@ -92,6 +94,7 @@ class PruningModule(pl.LightningModule):
         self.compile_training = compile
         self._compiled: Callable[..., Tensor] | None = None
         self._ledger: Ledger | None = None
+        self._structure: Frozen[Denoiser] | None = None
 
     # What a method provides
 
@@ -167,7 +170,24 @@ class PruningModule(pl.LightningModule):
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if self.ema_decay is None or not fitting:
             return []
+        if isinstance(self.trainer.strategy, FSDP2):
+            return [ShardedAverage(self.ema_decay)]
         return [EMAWeightAveraging(use_buffers=False, decay=self.ema_decay)]
+
+    # Sharding
+
+    def shard(self, mesh: Any) -> None:
+        """Spread the denoiser over the processes of a device mesh; the strategy calls it."""
+        with entries(self.denoiser.network) as entered:
+            self._ledger = count_denoiser(self.denoiser)  # it traces a call, which is another one once sharded
+        self._structure = Frozen(skeleton(self.denoiser))
+        shard(self.denoiser.network, mesh, entered)
+
+    def whole_denoiser(self) -> Denoiser:
+        """The denoiser in one piece: itself, or under FSDP2 a copy; all processes call it together."""
+        if self._structure is None or not is_sharded(self.denoiser):
+            return self.denoiser
+        return whole(self.denoiser, self._structure.value, self.device).eval()
 
     # Sampling
 
@@ -183,8 +203,11 @@ class PruningModule(pl.LightningModule):
         return "last" if self.ema_decay is None else "averaged"
 
     def variants(self) -> dict[str, Variant]:
-        """Networks to report beside each other, by row name: the dense one first, this method's result last."""
-        return {"result": Variant(self.denoiser)}
+        """Networks to report beside each other, by row name: the dense one first, this method's result last.
+
+        All processes call it together. None of the networks is sharded, so one process alone may compute with them.
+        """
+        return {"result": Variant(self.whole_denoiser())}
 
     # Planned
 

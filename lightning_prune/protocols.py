@@ -191,6 +191,23 @@ class VariantSource(Protocol):
 
 
 @runtime_checkable
+class ArtifactFiles(Protocol):
+    """Something whose artefact holds further files."""
+
+    def artifact_files(self) -> Mapping[str, str]:
+        """Texts by file name."""
+
+
+@runtime_checkable
+class GateSource(Protocol):
+    """Something that has found schedules of gates, by budget; the last one is its result."""
+
+    costs: Any
+
+    def schedules(self) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
 class ResultHook(Protocol):
     """A callback that works on the final weights, after averaging has put them in place."""
 

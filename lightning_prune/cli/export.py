@@ -18,7 +18,7 @@ from lightning_prune.export.artifact import read_manifest
 from lightning_prune.export.packed import write_packed
 from lightning_prune.export.semi_structured import missing
 from lightning_prune.module import PruningModule
-from lightning_prune.protocols import InputError
+from lightning_prune.protocols import ArtifactFiles, InputError
 
 
 def run(args: Sequence[str]) -> int:
@@ -60,7 +60,8 @@ def _from_checkpoint(options: argparse.Namespace) -> None:
     module.weights_changed()
     method = type(module).__name__.lower()
     result = list(module.variants().values())[-1].denoiser
-    save_artifact(result, options.output, method, {"sampler": module.process.scheduler_config})
+    files = module.artifact_files() if isinstance(module, ArtifactFiles) else {}
+    save_artifact(result, options.output, method, {"sampler": module.process.scheduler_config}, files)
 
 
 def _pack(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -144,7 +144,9 @@ def _reach(
     denoiser: Denoiser, ledger: Ledger, axis: Axis, what: str, entries: list[Reach], graph: BlockGraph | None
 ) -> dict[str, Any]:
     macs = ledger.by_layer()
-    reasons = {entry.reason: [e.layer for e in entries if e.reason == entry.reason] for entry in entries if entry.reason}
+    reasons = {
+        entry.reason: [e.layer for e in entries if e.reason == entry.reason] for entry in entries if entry.reason
+    }
     return {
         "axis": axis,
         "method": _METHODS[axis],
@@ -220,5 +222,3 @@ def _blocks(denoiser: Denoiser, ledger: Ledger, graph: BlockGraph) -> dict[str, 
 
 def _plain(row: Any) -> dict[str, Any]:
     return {"name": row.name, **row.macs, "parameters": row.parameters, "gamma": row.saved_with_it}
-
-

@@ -38,7 +38,9 @@ def _reach(plan: Mapping[str, Any]) -> Iterator[str]:
         if "layers" not in reach:
             yield f"{name}nothing: {reach['what']}"
             continue
-        count = f"{reach['blocks']} blocks" if reach["blocks"] else f"{reach['layers_touched']} of {reach['layers']} layers"
+        count = (
+            f"{reach['blocks']} blocks" if reach["blocks"] else f"{reach['layers_touched']} of {reach['layers']} layers"
+        )
         what = f"{count} ({reach['what']})"
         yield f"{name}{what:<42}{_percent(reach['macs_share'])} {_percent(reach['parameters_share'])}"
         for reason, rest in reach["not_touched"].items():
@@ -49,7 +51,9 @@ def _reach(plan: Mapping[str, Any]) -> Iterator[str]:
 def _target(plan: Mapping[str, Any]) -> Iterator[str]:
     target = plan["target"]
     yield ""
-    yield f"At the target of this config, {target['text']}" + (f" on {target['touched']} units" if target["touched"] else "")
+    yield f"At the target of this config, {target['text']}" + (
+        f" on {target['touched']} units" if target["touched"] else ""
+    )
     yield f"  MACs an image   {_giga(target['macs_per_image_before'])} to {_giga(target['macs_per_image_after'])} " + (
         f"({target['macs_kept']:.4f} kept)"
     )

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 
 import lightning_prune.callbacks
 import lightning_prune.data  # noqa: F401
-from lightning_prune import jobs, methods, signals
+from lightning_prune import jobs, methods
 from lightning_prune.callbacks import (
     ArtifactWriter,
     EfficiencyReport,
@@ -200,8 +200,7 @@ def run(args: Sequence[str]) -> int:
     # Lightning's launcher starts further processes from sys.argv, so the program's own name has to stay.
     argv, sys.argv = sys.argv, [sys.argv[0], *args]
     try:
-        with signals.listening():
-            build(PruningCLI)
+        build(PruningCLI)
     except BaseException as error:
         wandb.finish(exit_code=1)
         if input_error_behind(error):

@@ -38,7 +38,7 @@ class Reuse:
 
     def predict(self, memory: tuple[Tensor, ...], t: Tensor) -> Tensor:
         """The prediction at a later `t`."""
-        return memory[0] if self.process is None else self.process.target(*memory, t)
+        return memory[0] if self.process is None else self.process.target(memory[0], memory[1], t)
 
 
 class _Compiled(dict[Row, Path]):
@@ -103,7 +103,7 @@ class StepGated(nn.Module):
             return self._gating.step(lambda: plain(x, t, cond), row, slots)
 
         name = "step_" + "".join(str(int(runs)) for runs in row)
-        return FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)  # type: ignore[return-value]
+        return FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
 
     def compile_paths(self, **options: Any) -> None:
         """Compile every pattern of gates from now on, each in its first call; options are `torch.compile`'s."""
@@ -130,7 +130,8 @@ def gated(denoiser: Denoiser, schedule: GateSchedule, process: Process | None = 
         )
     copy: Any = sharing_copy(denoiser)
     gating = install(copy.network, graph, schedule.cache_mode)
-    copy.__class__ = _gated_family(type(copy))
+    family: Any = type(copy)
+    copy.__class__ = _gated_family(family)
     copy.schedule, copy._gating, copy._reuse = schedule, gating, Reuse(process)
     copy._paths, copy._index, copy._turn, copy._slots, copy._memory = _Compiled(), 0, 0, {}, {}
     result: Denoiser = copy

@@ -93,7 +93,8 @@ def install(network: nn.Module, graph: BlockGraph, mode: CacheMode) -> Gating:
     for position, block in enumerate(graph.blocks):
         for name in block.modules:
             part: Any = network.get_submodule(name)
-            part.__class__ = _gated_class(type(part))
+            stock: Any = type(part)
+            part.__class__ = _gated_class(stock)
             part._gating, part._block, part._returns_tuple = gating, position, False
             part._last = name == block.modules[-1]
             part._residual = mode == "residual" and not block.increment

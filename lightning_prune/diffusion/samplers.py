@@ -51,11 +51,10 @@ def guided(
     return both
 
 
-@torch.no_grad()
-def integrate(
+def trajectory(
     predict: Predict, process: Process, noise: Tensor, cond: Condition, sampler: Sampler, on_step: OnStep | None = None
 ) -> Tensor:
-    """Run a sampler's steps; guidance is `predict`'s.
+    """Run a sampler's steps, with gradients where they are enabled; guidance is `predict`'s.
 
     Args:
         predict: network prediction for (x_t [B, ...], t [B], cond).
@@ -80,6 +79,10 @@ def integrate(
             output = process.target(*process.x0_and_noise(output, seen, times), times)
         x = solver.step(output, t, x)
     return x
+
+
+# A trajectory without gradients.
+integrate = torch.no_grad()(trajectory)
 
 
 def sample_images(

@@ -98,7 +98,9 @@ def graphs(denoiser: Denoiser) -> tuple[dict[str, BlockGraph], str]:
     return found, "" if found else refusal
 
 
-def reached_macs(denoiser: Denoiser, ledger: Ledger, reach: Sequence[Reach], axis: Axis, graph: BlockGraph | None) -> int:
+def reached_macs(
+    denoiser: Denoiser, ledger: Ledger, reach: Sequence[Reach], axis: Axis, graph: BlockGraph | None
+) -> int:
     """MACs (aten) of what is touched: with heads and with blocks go the attention products in them."""
     if axis == "gates":
         assert graph is not None

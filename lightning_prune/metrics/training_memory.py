@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from lightning_prune.diffusion.models import Denoiser
 

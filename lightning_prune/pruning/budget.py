@@ -241,6 +241,9 @@ def _thresholded(keep: Scores, threshold: float, graph: BlockGraph) -> tuple[Row
 def greedy_cascades(skip: Scores, graph: BlockGraph, costs: BlockCosts, pruned: float) -> tuple[Row, ...]:
     """The released code's rule: passes over blocks from the output inwards, with a falling threshold.
 
+    Its shares leave out what is outside the blocks, so steps that are not skipped as a whole keep a little more than
+    1 - `pruned` of the MACs.
+
     In a pass, steps at which a block is kept and its skip score exceeds the threshold lose the block's whole
     cascade, highest score first, until the next would reach the share `pruned`. Shares are of one call's MACs.
     """

@@ -13,7 +13,8 @@ from lightning_prune.blocks import BlockCosts, BlockGraph
 
 def straight_through(probabilities: Tensor, hard: Tensor) -> Tensor:
     """`hard` in value, `probabilities` in gradient (Bengio et al. 2013)."""
-    return hard + probabilities - probabilities.detach()
+    # In this order the value is exactly 0 or 1.
+    return (hard - probabilities.detach()) + probabilities
 
 
 def running(gates: Tensor, graph: BlockGraph) -> Tensor:

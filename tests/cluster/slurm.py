@@ -46,6 +46,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
 KillWait=5
+OverTimeLimit=5
 MinJobAge=3600
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=1
 GresTypes=gpu

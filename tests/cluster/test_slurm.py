@@ -133,8 +133,9 @@ def test_a_signal_loses_nothing(cluster: Cluster, whole: dict[str, Any]) -> None
 
 
 def test_a_time_limit_loses_nothing(cluster: Cluster, whole: dict[str, Any]) -> None:
-    file, _ = paced(cluster, "limited", seconds=6)
-    job = cluster.submit(*TWO_NODES, "--time=1", "--signal=SIGUSR1@30", SCRIPTS / "train.sbatch", file)
+    # SLURM counts in minutes and sends the signal up to one earlier: 30 to 90 seconds after a start.
+    file, _ = paced(cluster, "limited", seconds=8)
+    job = cluster.submit(*TWO_NODES, "--time=2", "--signal=SIGUSR1@30", SCRIPTS / "train.sbatch", file)
     assert cluster.end(job) == ["COMPLETED"], cluster.output()
     run = cluster.jobs / "runs" / f"limited-{job}"
     started_again(cluster, job, run, int(cluster.fields(job)["Restarts"]))
@@ -179,12 +180,12 @@ def test_submit_puts_a_run_on_two_nodes(cluster: Cluster) -> None:
     file = config(cluster.jobs, "sent", "smoke/sparsedm_dit.yaml", callbacks, max_steps=2, limit_val_batches=0)
     python = (cluster.folder / "env.sh").read_text().partition("(")[2].partition(" ")[0]
     site = cluster.folder / "site.sh"
-    site.write_text((cluster.folder / "env.sh").read_text() + "export SBATCH_TIMELIMIT=1 SBATCH_JOB_NAME=site\n")
+    site.write_text((cluster.folder / "env.sh").read_text() + "export SBATCH_TIMELIMIT=20 SBATCH_JOB_NAME=site\n")
     command = [python, "-m", "lightning_prune", "submit", "--config", str(file), "--nodes", "2", "--env", str(site)]
     said = cluster.call("env", f"PYTHONPATH={ROOT}", *command, "--job-name", "mine", "--trainer.strategy", "ddp")
     job = said.split()[-1]
     assert said == f"submitted job {job}\n"
     assert cluster.end(job) == ["COMPLETED"], cluster.output()
     fields = cluster.fields(job)
-    assert (fields["NumNodes"], fields["JobName"]) == ("2", "mine")
+    assert (fields["NumNodes"], fields["JobName"], fields["TimeLimit"]) == ("2", "mine", "00:20:00")
     assert (cluster.jobs / "runs" / f"sent-{job}" / "artifact" / "pruning.json").exists()

@@ -35,7 +35,8 @@ def draw_scores(graph: BlockGraph, steps: int, seed: int = 0) -> list[list[float
 
 
 def worth(rows: Any, scores: Any) -> float:
-    return sum(s for row, values in zip(rows[1:], scores[1:], strict=True) for runs, s in zip(row, values, strict=True) if runs)  # fmt: skip
+    pairs = [(s, r) for row, values in zip(rows[1:], scores[1:], strict=True) for s, r in zip(values, row, strict=True)]
+    return float(sum(s for s, runs in pairs if runs))
 
 
 @pytest.mark.parametrize("make", [CASES[0], CASES[1], CASES[3]])

@@ -29,5 +29,5 @@ class Dense(PruningModule):
     def variants(self) -> dict[str, Variant]:
         """The network it started from, if there was one, and the one it trained."""
         if self._start is None:
-            return {"dense": Variant(self.denoiser)}
-        return {"dense": Variant(self._start.on(self.device)), "dense fine-tuned": Variant(self.denoiser)}
+            return {"dense": Variant(self.whole_denoiser())}
+        return {"dense": Variant(self._start.on(self.device)), "dense fine-tuned": Variant(self.whole_denoiser())}

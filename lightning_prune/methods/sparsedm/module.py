@@ -88,7 +88,7 @@ class SparseDM(PruningModule):
             raise InputError(f"model.freeze_masks_at: {freeze_masks_at} is not in [0, 1)")
         self.target_sparsity = Sparsity.parse(sparsity)
         self.also = check_also([Sparsity.parse(pattern) for pattern in also or []], self.target_sparsity)
-        self.freeze_masks_at = freeze_masks_at
+        self.freeze_masks_at, self.mask_scores = freeze_masks_at, mask_scores
         self.decay, self.noise_weight, self.distill_weight = decay, noise_weight, distill_weight
         self._dense = Frozen(deepcopy(denoiser))
         exclude = denoiser.default_dense() if dense_layers is None else dense_layers
@@ -199,6 +199,12 @@ class SparseDM(PruningModule):
             holds_teacher=self.distill_weight > 0,
         )
 
+    def shard(self, mesh: Any) -> None:
+        if self.freeze_masks_at is not None or self.mask_scores != "magnitude":
+            key = "mask_scores" if self.freeze_masks_at is None else "freeze_masks_at"
+            raise InputError(f"model.{key}: masks that do not follow the weights cannot be sharded; use DDP")
+        super().shard(mesh)
+
     # SparsityControl
 
     def set_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
@@ -219,21 +225,22 @@ class SparseDM(PruningModule):
         """The dense start, the same under one-shot magnitude masks, and the result."""
         dense = self._dense.on(self.device)
         if self._pattern is None:
-            return {"dense": Variant(dense), "dense fine-tuned": Variant(self.denoiser)}
+            return {"dense": Variant(dense), "dense fine-tuned": Variant(self.whole_denoiser())}
         one_shot = deepcopy(dense)
         MaskSet(one_shot.network, self._units, self.target_sparsity)
         target = str(self.target_sparsity)
         networks = {"dense": dense, f"one-shot {target}": one_shot}
-        networks |= {f"sparsedm at {name}": self._under(pattern) for name, pattern in self._further()}
-        networks[f"sparsedm {target}"] = self.denoiser
+        whole = self.whole_denoiser()
+        networks |= {f"sparsedm at {name}": self._under(pattern, whole) for name, pattern in self._further()}
+        networks[f"sparsedm {target}"] = whole
         return {name: Variant(network) for name, network in networks.items()}
 
     def _further(self) -> list[tuple[str, Sparsity | None]]:
         """Patterns besides the target that the weights were trained for, by name."""
         return [("dense", None), *((str(pattern), pattern) for pattern in self.also)] if self.also else []
 
-    def _under(self, pattern: Sparsity | None) -> Denoiser:
-        copy = deepcopy(self.denoiser)
+    def _under(self, pattern: Sparsity | None, whole: Denoiser) -> Denoiser:
+        copy = deepcopy(whole)
         MaskSet(copy.network, self._units, pattern)
         return copy
 

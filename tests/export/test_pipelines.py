@@ -82,7 +82,9 @@ def test_another_process_or_network_is_refused(pipeline: Any, tmp_path: Path) ->
     pipe, denoiser = pipeline
     file = write(denoiser, tmp_path, GATES)
     other = DDIMPipeline(unet=pipe.unet, scheduler=DDIMScheduler(prediction_type="v_prediction"))
-    with pytest.raises(InputError, match="found for prediction_type epsilon, the pipeline's scheduler has v_prediction"):
+    with pytest.raises(
+        InputError, match="found for prediction_type epsilon, the pipeline's scheduler has v_prediction"
+    ):
         enable_gates(other, file)
     text = file.read_text().replace('"U0"', '"X"')
     file.write_text(text)

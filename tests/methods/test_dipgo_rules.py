@@ -62,7 +62,9 @@ def test_the_kept_steps_of_a_schedule_of_whole_steps_are_its_own() -> None:
 
 def distance_from(best: list[list[float]]) -> Any:
     def loss(schedule: GateSchedule) -> float:
-        pairs = [pair for row, wanted in zip(schedule.rows, best, strict=True) for pair in zip(row, wanted, strict=True)]
+        pairs = [
+            pair for row, wanted in zip(schedule.rows, best, strict=True) for pair in zip(row, wanted, strict=True)
+        ]
         return sum(worth for runs, worth in pairs if not runs)
 
     return loss

@@ -78,7 +78,8 @@ class GateRule(DiPGO):
         self._calibration: list[Batch] = []
 
     def configure_optimizers(self) -> Any:
-        """None: nothing trains."""
+        """None, as nothing trains."""
+        return []
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         if self.search in ("greedy", "genetic"):

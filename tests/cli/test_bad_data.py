@@ -75,9 +75,7 @@ def test_class_count_against_a_checkpoint(root: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("more", "given"), [("--data.size=16", "3x16x16"), ("--data.channels=1", "1x8x8")])
-def test_a_shape_the_network_cannot_take(
-    more: str, given: str, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shape_the_network_cannot_take(more: str, given: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(command(root, more), root, capsys)
     assert f"samples of {given}" in line
     assert "takes 3x8x8" in line

@@ -16,7 +16,7 @@ from lightning_prune.cli.preflight import parse
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.pretrained import without_weights
 from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.metrics.macs import Ledger, count_denoiser, macs_per_image
+from lightning_prune.metrics.macs import Ledger, macs_per_image
 from lightning_prune.metrics.reach import (
     EXPLANATIONS,
     Axis,
@@ -78,7 +78,7 @@ def _check(target: Mapping[str, Any], macs_kept: float | None) -> None:
 def describe(module: PruningModule, config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The plan of a module built without weights, as `--json` prints it."""
     denoiser = module.denoiser
-    ledger, plan, sampler = count_denoiser(denoiser), module.planned(), sampler_of(config, module)
+    ledger, plan, sampler = module.ledger(), module.planned(), sampler_of(config, module)
     calls = sampler.calls(module.process)
     per_image = macs_per_image(ledger.macs(), calls, sampler.guidance)
     found, refusal = graphs(denoiser)

@@ -23,6 +23,7 @@ Make pretrained diffusion models cheaper to sample.
   export     turn a checkpoint into an artifact
   bench      time an artifact against the dense network, in one interleaved measurement
   prefetch   put weights that evaluation needs into the cache: prefetch inception [--from PATH]
+  pareto     one table over the reports of many runs, a sweep's for one: pareto runs/
   submit     check a config and send its fit to SLURM: submit --config x.yaml --nodes 2 [--dry-run]
 
   lightning_prune fit --config configs/quickstart.yaml
@@ -73,6 +74,6 @@ def _through_srun(args: Sequence[str]) -> None:
 
 def _dispatch(args: Sequence[str]) -> int:
     # Verbs that need no trainer are modules with a `run` of their own; everything else is Lightning's.
-    module = args[0] if args[0] in ("export", "bench", "prefetch", "submit") else "trainer_cli"
+    module = args[0] if args[0] in ("export", "bench", "prefetch", "submit", "pareto") else "trainer_cli"
     status: int = import_module(f"lightning_prune.cli.{module}").run(args if module == "trainer_cli" else args[1:])
     return status

@@ -17,6 +17,8 @@ from lightning_prune.pruning.frozen import Frozen
 class Dense(PruningModule):
     """All weights, no masks: mean squared error to the process' target (Ho et al. 2020, equation 14)."""
 
+    shardable = True
+
     def __init__(self, denoiser: Denoiser, *args: Any, **kwargs: Any) -> None:
         super().__init__(denoiser, *args, **kwargs)
         self._start = Frozen(deepcopy(denoiser)) if denoiser.weights is not None else None

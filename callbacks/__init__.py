@@ -3,6 +3,7 @@
 from lightning_prune.callbacks.artifact_writer import ArtifactWriter
 from lightning_prune.callbacks.distance_evaluation import DistanceEvaluation
 from lightning_prune.callbacks.efficiency_report import EfficiencyReport
+from lightning_prune.callbacks.gate_map import GateMap
 from lightning_prune.callbacks.image_writer import ImageWriter
 from lightning_prune.callbacks.last_checkpoint import LastCheckpoint
 from lightning_prune.callbacks.mask_invariant import MaskInvariant
@@ -16,6 +17,7 @@ __all__ = [
     "ArtifactWriter",
     "DistanceEvaluation",
     "EfficiencyReport",
+    "GateMap",
     "ImageWriter",
     "LastCheckpoint",
     "MaskInvariant",

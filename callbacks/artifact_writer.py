@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks.capability import require
 from lightning_prune.export.artifact import save_artifact
-from lightning_prune.protocols import VariantSource
+from lightning_prune.protocols import ArtifactFiles, VariantSource
 
 
 class ArtifactWriter(Callback):
@@ -23,11 +23,12 @@ class ArtifactWriter(Callback):
     def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the artefact; called with the averaged weights in place, after reports."""
         source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
-        result = list(source.variants().values())[-1]  # together: it may be gathered from all processes
+        result = list(source.variants().values())[-1].denoiser  # together: it may be gathered from all processes
         if not trainer.is_global_zero:
             return
         details = {"sampler": source.process.scheduler_config, **_results(folder / "report.json")}
-        save_artifact(result, folder / "artifact", type(pl_module).__name__.lower(), details)
+        files = pl_module.artifact_files() if isinstance(pl_module, ArtifactFiles) else {}
+        save_artifact(result, folder / "artifact", type(pl_module).__name__.lower(), details, files)
 
 
 def _results(report: Path) -> dict[str, Any]:

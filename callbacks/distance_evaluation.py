@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_prune.callbacks.capability import require
 from lightning_prune.callbacks.progress import sampling_progress
 from lightning_prune.callbacks.stop_on_signal import stop_between_batches
+from lightning_prune.diffusion.solvers import Sampler, SamplerName
 from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings
 from lightning_prune.metrics.frechet import Distance
 from lightning_prune.protocols import CostModel, ImageSampler, VariantSource
@@ -21,11 +22,12 @@ class DistanceEvaluation(Callback):
 
     Args:
         samples: number of samples.
-        steps: DDIM steps.
+        steps: sampling steps.
         guidance: guidance scale; 1 is none.
         every_n_validations: validation passes between evaluations.
         batch_size: samples drawn at once.
         measurement: what samples are compared with, and how; null is `fd_fashion` alone.
+        sampler: the solver.
     """
 
     def __init__(
@@ -36,11 +38,11 @@ class DistanceEvaluation(Callback):
         every_n_validations: int = 1,
         batch_size: int = 100,
         measurement: Measurement | None = None,
+        sampler: SamplerName = "ddim",
     ) -> None:
         super().__init__()
-        self.settings = SamplingSettings(
-            samples=samples, steps=steps, guidance=guidance, batch_size=batch_size, name="during-training"
-        )
+        chosen = Sampler(sampler, steps, guidance)
+        self.settings = SamplingSettings(samples, chosen, batch_size=batch_size, name="during-training")
         self.every_n_validations = every_n_validations
         self.measurement = measurement or Measurement()
         self._passes = 0
@@ -73,14 +75,14 @@ class DistanceEvaluation(Callback):
             pl_module.log_dict(kept, rank_zero_only=True)
 
     def _log_distance(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        sampler, settings = require(pl_module, ImageSampler, self), self.settings
+        module, settings = require(pl_module, ImageSampler, self), self.settings
         source = require(pl_module, VariantSource, self)
         assert self._evaluator is not None
         with torch.random.fork_rng(devices=[]), sampling_progress(trainer, "sampling", settings.samples) as advance:
 
             def draw(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
                 stop_between_batches(trainer)
-                images = sampler.sample_images(ids, labels, settings.steps, settings.guidance)
+                images = module.sample_images(ids, labels, settings.sampler)
                 advance(len(ids))
                 return images
 

@@ -21,17 +21,20 @@ from lightning_prune.callbacks.run_record import RunRecord
 from lightning_prune.callbacks.stop_on_signal import stop_between_batches
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.solvers import Sampler, SamplerName
+from lightning_prune.diffusion.variants import Variant
 from lightning_prune.export.artifact import load
 from lightning_prune.export.report import (
     Cost,
     build_report,
-    cost,
+    costs,
     headings,
     metric_of,
     objective,
     row,
     seconds_per_image,
     table_cells,
+    with_fewer_steps,
     write_report,
 )
 from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings, Score
@@ -45,7 +48,7 @@ class EfficiencyReport(Callback):
 
     Args:
         samples: samples a network.
-        steps: DDIM steps.
+        steps: sampling steps.
         guidance: guidance scale; 1 is none.
         protocol: name of the protocol.
         timed_images: images drawn at once when seconds are measured.
@@ -53,6 +56,9 @@ class EfficiencyReport(Callback):
         batch_size: samples drawn at once, by one process.
         measurement: what samples are compared with, and how; null is `fd_fashion` alone.
         beside: artifacts of other runs to report beside this one's networks, folders by row name.
+        sampler: the solver.
+        sample_seed: seed of the starting noise.
+        fewer_steps: also report the first network, the dense one, with as many steps as the result's MACs allow.
         budget: fraction of MACs that the result may keep, for the `objective` of a sweep; null is no limit.
     """
 
@@ -67,16 +73,20 @@ class EfficiencyReport(Callback):
         batch_size: int = 100,
         measurement: Measurement | None = None,
         beside: dict[str, str] | None = None,
+        sampler: SamplerName = "ddim",
+        sample_seed: int = 0,
+        fewer_steps: bool = False,
         budget: float | None = None,
     ) -> None:
         super().__init__()
         if budget is not None and not 0 < budget <= 1:
             raise InputError(f"EfficiencyReport.budget: {budget} is not in (0, 1]")
         self.budget = budget
-        self.settings = SamplingSettings(samples, steps, guidance, batch_size=batch_size, name=protocol)
+        self.settings = SamplingSettings(samples, Sampler(sampler, steps, guidance), sample_seed, batch_size, protocol)
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
         self.measurement = measurement or Measurement()
         self.beside = beside or {}
+        self.fewer_steps = fewer_steps
         self.scores: dict[str, Score] = {}
         self._others: dict[str, Denoiser] = {}
         self._evaluator: Evaluator | None = None
@@ -102,6 +112,8 @@ class EfficiencyReport(Callback):
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         source = require(pl_module, VariantSource, self)
         variants = self._variants(source, pl_module.device)
+        if self.fewer_steps:
+            variants = with_fewer_steps(variants, source.process, self.settings.sampler)
         self.evaluator.to(pl_module.device)
         with torch.random.fork_rng(devices=[]):
             self.scores = self._scored(trainer, source, variants)
@@ -117,34 +129,36 @@ class EfficiencyReport(Callback):
         *rest, result = source.variants()
         return [*rest, *self.beside, result]
 
-    def _variants(self, source: VariantSource, device: torch.device) -> dict[str, Denoiser]:
-        networks = source.variants() | {name: network.to(device) for name, network in self._others.items()}
+    def _variants(self, source: VariantSource, device: torch.device) -> dict[str, Variant]:
+        networks = source.variants() | {name: Variant(network.to(device)) for name, network in self._others.items()}
         return {name: networks[name] for name in self.row_names(source)}
 
-    def _scored(self, trainer: pl.Trainer, source: VariantSource, variants: Mapping[str, Denoiser]) -> dict[str, Score]:
+    def _scored(self, trainer: pl.Trainer, source: VariantSource, variants: Mapping[str, Variant]) -> dict[str, Score]:
         settings, world = self.settings, trainer.world_size
         with sampling_progress(trainer, "evaluating", settings.samples * len(variants)) as advance:
 
-            def draw(network: Denoiser, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            def draw(variant: Variant, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
                 stop_between_batches(trainer)
-                images = sample_images(network, source.process, ids, labels, settings.steps, settings.guidance)
+                sampler = variant.sampler or settings.sampler
+                images = sample_images(variant.denoiser, source.process, ids, labels, sampler, settings.seed)
                 advance(len(ids) * world)
                 return images
 
-            draws = {name: partial(draw, network) for name, network in variants.items()}
+            draws = {name: partial(draw, variant) for name, variant in variants.items()}
             return self.evaluator.score(draws, settings, source.process, source.weights_kind)
 
     def _write(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, variants: Mapping[str, Denoiser], name: str
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, variants: Mapping[str, Variant], name: str
     ) -> dict[str, Any]:
         process, folder = require(pl_module, VariantSource, self).process, Path(trainer.default_root_dir)
-        seconds = seconds_per_image(variants, process, self.settings, self.timed_images, self.timed_repeats)
-        costs = {variant: cost(denoiser, self.settings) for variant, denoiser in variants.items()}
-        rows = [row(variant, self.scores[variant], costs[variant], seconds[variant]) for variant in variants]
+        sampler = self.settings.sampler
+        seconds = seconds_per_image(variants, process, sampler, self.timed_images, self.timed_repeats)
+        found = costs(variants, process, sampler)
+        rows = [row(key, self.scores[key], found[key], seconds[key], v.sampler) for key, v in variants.items()]
         method = type(pl_module).__name__.lower()
         report = build_report(method, _config(trainer), rows, self.scores, self.evaluator.floor())
-        notes = _notes(report, costs)
-        write_report(report, notes, folder, name)
+        notes = _notes(report, found)
+        write_report(report, notes, self.scores, folder, name)
         _print(report, notes, folder, name)
         return report
 
@@ -154,13 +168,13 @@ def _config(trainer: pl.Trainer) -> dict[str, Any]:
     return yaml.safe_load(records[0].config) or {} if records else {}
 
 
-def _notes(report: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
+def _notes(report: Mapping[str, Any], found: Mapping[str, Cost]) -> list[str]:
     floor = report["floor"]
     notes = [
         f"floor {floor['value']:.3f}: the distance of {floor['samples']} held-out real images from the reference; "
         "no model can be expected below it (a distance rises as the count falls)"
     ]
-    last = costs[list(costs)[-1]]
+    last = found[list(found)[-1]]
     if last.masked_share > 0:
         notes.append(
             f"masked layers hold {100 * last.masked_share:.1f} % of all MACs; theirs fall to the pattern's share, "

@@ -14,8 +14,9 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from lightning_prune.callbacks.capability import require
-from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.solvers import Sampler, SamplerName
+from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.evaluation import balanced_labels
 from lightning_prune.protocols import VariantSource
 
@@ -27,14 +28,22 @@ class SampleGrid(Callback):
 
     Args:
         columns: samples a row; one class after the other.
-        steps: DDIM steps.
+        steps: sampling steps.
         guidance: guidance scale; 1 is none.
         every_n_validations: validation passes between grids.
+        sampler: the solver.
     """
 
-    def __init__(self, columns: int = 10, steps: int = 10, guidance: float = 1.0, every_n_validations: int = 1) -> None:
+    def __init__(
+        self,
+        columns: int = 10,
+        steps: int = 10,
+        guidance: float = 1.0,
+        every_n_validations: int = 1,
+        sampler: SamplerName = "ddim",
+    ) -> None:
         super().__init__()
-        self.columns, self.steps, self.guidance = columns, steps, guidance
+        self.columns, self.sampler = columns, Sampler(sampler, steps, guidance)
         self.every_n_validations = every_n_validations
         self._passes = 0
 
@@ -66,17 +75,17 @@ class SampleGrid(Callback):
         if rows is not None and len(variants) > rows:
             variants = [variants[0], variants[-1]]
         with torch.random.fork_rng(devices=[]):
-            images = torch.cat([self._row(module, denoiser) for _, denoiser in variants])
+            images = torch.cat([self._row(module, variant) for _, variant in variants])
         grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=self.columns, padding=2, pad_value=0.5)
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         save_image(grid, folder / f"{name}.png")
         self._log(trainer, name, grid, [row for row, _ in variants])
 
-    def _row(self, module: VariantSource, denoiser: Denoiser) -> Tensor:
+    def _row(self, module: VariantSource, variant: Variant) -> Tensor:
         ids = torch.arange(self.columns)
-        labels = balanced_labels(self.columns, denoiser.num_classes)
-        return sample_images(denoiser, module.process, ids, labels, self.steps, self.guidance).cpu()
+        labels = balanced_labels(self.columns, variant.denoiser.num_classes)
+        return sample_images(variant.denoiser, module.process, ids, labels, variant.sampler or self.sampler).cpu()
 
     def _log(self, trainer: pl.Trainer, name: str, grid: Tensor, rows: list[str]) -> None:
         for logger in trainer.loggers:

@@ -16,18 +16,21 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_prune.diffusion.conditions import Condition, move, replace
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.samplers import OnStep, sample_images
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.macs import Ledger, count_denoiser
-from lightning_prune.protocols import InputError, ResultHook
+from lightning_prune.protocols import InputError, Plan, ResultHook
 from lightning_prune.pruning.frozen import Frozen, Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
 from lightning_prune.sharding import FSDP2, ShardedAverage, check_strategy
 from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 _STEPS_BETWEEN_CHECKS = 50
 LrSchedule = Literal["constant", "cosine", "linear"]
 
@@ -107,7 +110,7 @@ class PruningModule(pl.LightningModule):
 
     # Training
 
-    def denoise(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The denoiser's output; compiled while training where asked for."""
         if not (self.training and self.compile_training):
             return self.denoiser(x, t, cond)  # type: ignore[no-any-return]
@@ -116,14 +119,14 @@ class PruningModule(pl.LightningModule):
             self._compiled = torch.compile(self.denoiser.forward)
         return self._compiled(x, t, cond)
 
-    def diffuse(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noise a batch. Returns x_t [B, C, H, W], t [B], cond [B] after label dropout, and the target."""
+    def diffuse(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Condition, Tensor]:
+        """Noise a batch. Returns x_t [B, C, H, W], t [B], the condition after its dropout, and the target."""
         x0, cond = batch["x"], batch["cond"]
         t = self.process.draw_timesteps(len(x0), generator)
         noise = torch.randn(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype)
         if self.label_dropout > 0:
             drop = torch.rand(len(x0), generator=generator, device=generator.device) < self.label_dropout
-            cond = torch.where(drop, self.denoiser.null_condition(cond), cond)
+            cond = replace(cond, drop, self.denoiser.null_condition(cond))
         return self.process.add_noise(x0, noise, t), t, cond, self.process.target(x0, noise, t)
 
     def step_generator(self, stream: int, index: int) -> torch.Generator:
@@ -156,7 +159,7 @@ class PruningModule(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Sample ids [B] and images [B, C, H, W] in [-1, 1] for the labels of the batch."""
         ids = batch["id"].cpu()
-        return ids, self.sample_images(ids, batch["cond"].cpu())
+        return ids, self.sample_images(ids, move(batch["cond"], "cpu"), Sampler())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self._optimizer.value([p for p in self.parameters() if p.requires_grad])
@@ -194,28 +197,29 @@ class PruningModule(pl.LightningModule):
     # Sampling
 
     def sample_images(
-        self,
-        ids: Tensor,
-        labels: Tensor,
-        steps: int = 20,
-        guidance: float = 1.0,
-        seed: int = 0,
-        on_step: Callable[[int], None] | None = None,
+        self, ids: Tensor, cond: Condition, sampler: Sampler, seed: int = 0, on_step: OnStep | None = None
     ) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] for sample `ids` [B] and `labels` [B], by deterministic DDIM."""
-        return sample_images(self.denoiser, self.process, ids, labels, steps, guidance, seed, on_step)
+        """Images [B, C, H, W] in [-1, 1] for sample `ids` [B] and their conditions."""
+        return sample_images(self.denoiser, self.process, ids, cond, sampler, seed, on_step)
 
     @property
     def weights_kind(self) -> str:
         """Which weights are evaluated and stored: "averaged" or "last"."""
         return "last" if self.ema_decay is None else "averaged"
 
-    def variants(self) -> dict[str, Denoiser]:
-        """Networks to report beside each other, by row name; the last is this method's result.
+    def variants(self) -> dict[str, Variant]:
+        """Networks to report beside each other, by row name: the dense one first, this method's result last.
 
         All processes call it together. None of the networks is sharded, so one process alone may compute with them.
         """
-        return {"result": self.whole_denoiser()}
+        return {"result": Variant(self.whole_denoiser())}
+
+    # Planned
+
+    def planned(self) -> Plan:
+        """What this method would leave at its target; here the network as it is."""
+        parameters = sum(p.numel() for p in self.denoiser.parameters())
+        return Plan(axis="none", target="dense", touched=(), macs_kept=1.0, parameters_kept=parameters)
 
     # CostModel
 

@@ -6,7 +6,7 @@ Nothing here imports from the rest of the package, so every layer may import thi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,6 +80,77 @@ class PrunableUnit:
     group_size: int
 
 
+@dataclass(frozen=True)
+class WidthCut:
+    """A dimension of a parameter that shrinks when units of a width group go.
+
+    Attributes:
+        parameter: qualified name of the parameter inside the network.
+        dim: the dimension.
+        repeats: how often the units follow each other along it, as the two halves of a gated projection do.
+    """
+
+    parameter: str
+    dim: int
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """Units of one inner width that may be removed from a network: heads, feed-forward channels, groups of a norm.
+
+    Attributes:
+        name: qualified name of the module whose inner width it is.
+        kind: "heads", "channels" or "norm-groups".
+        output: qualified name of the layer that reads the units; its other input columns can make up for them.
+        units: number of units, at least 2.
+        channels: channels of a unit.
+        taps: input columns of `output` for each channel; those of a kernel, 1 for a linear layer.
+        cuts: every parameter that shrinks, the weight of `output` among them.
+    """
+
+    name: str
+    kind: str
+    output: str
+    units: int
+    channels: int
+    taps: int
+    cuts: tuple[WidthCut, ...]
+
+    @property
+    def columns(self) -> int:
+        """Input columns of `output` that belong to one unit."""
+        return self.channels * self.taps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method would leave at its target, known from shapes alone.
+
+    Attributes:
+        axis: what it changes: "weights", "widths", "gates", or "none".
+        target: the target, in the words of the config.
+        touched: names of the layers, groups or blocks it may change.
+        macs_kept: fraction of the dense trajectory's MACs (aten) at the target.
+        parameters_kept: parameters that are not zero, of all networks of the result together.
+        holds_teacher: whether training holds a frozen copy of the network on the device.
+    """
+
+    axis: str
+    target: str
+    touched: tuple[str, ...]
+    macs_kept: float
+    parameters_kept: int
+    holds_teacher: bool = False
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A method that knows before a run what it would leave."""
+
+    def planned(self) -> Plan: ...
+
+
 @runtime_checkable
 class SparsityControl(Protocol):
     """Something whose weight sparsity can be changed and inspected while it trains."""
@@ -95,7 +166,18 @@ class SparsityControl(Protocol):
 class ImageSampler(Protocol):
     """Something that draws images in [-1, 1] for sample ids and labels, a pure function of both."""
 
-    def sample_images(self, ids: Tensor, labels: Tensor, steps: int, guidance: float) -> Tensor: ...
+    def sample_images(self, ids: Tensor, cond: Any, sampler: Any) -> Tensor: ...
+
+
+@runtime_checkable
+class StepAware(Protocol):
+    """A denoiser whose work depends on the step of the sampler."""
+
+    def at_step(self, index: int, calls: int) -> None:
+        """Called before each of the `calls` network calls of a trajectory; index 0 starts a new one."""
+
+    def phase(self, index: int, calls: int) -> Hashable:
+        """Steps of equal phase cost the same."""
 
 
 @runtime_checkable
@@ -106,6 +188,23 @@ class VariantSource(Protocol):
     weights_kind: str
 
     def variants(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class ArtifactFiles(Protocol):
+    """Something whose artefact holds further files."""
+
+    def artifact_files(self) -> Mapping[str, str]:
+        """Texts by file name."""
+
+
+@runtime_checkable
+class GateSource(Protocol):
+    """Something that has found schedules of gates, by budget; the last one is its result."""
+
+    costs: Any
+
+    def schedules(self) -> Mapping[str, Any]: ...
 
 
 @runtime_checkable

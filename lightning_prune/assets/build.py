@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lightning_prune.data.fashion import CLASSES, EMBEDDED_FILE, FashionMNIST, balanced_order, pad_to_32, read_idx
-from lightning_prune.metrics.fashion import EXTRACTOR_FOLDER, FashionClassifier, save_classifier
+from lightning_prune.metrics.extractors.fashion import EXTRACTOR_FOLDER, FashionClassifier, save_classifier
 from lightning_prune.seeds import derive
 
 TRAIN_PER_CLASS = 2000

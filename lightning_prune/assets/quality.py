@@ -20,6 +20,7 @@ from lightning_prune.data.fashion import FashionMNIST
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.export import load
 from lightning_prune.metrics.evaluation import Evaluator, SamplingSettings, Score
 from lightning_prune.metrics.frechet import precision_recall
@@ -49,13 +50,14 @@ def main() -> None:
 def quality(denoiser: Denoiser, data: FashionMNIST, samples: int, steps: int, guidance: float) -> dict[str, Any]:
     """All scores of a network, by name."""
     evaluator = Evaluator(data)
-    plain, images = _score(evaluator, denoiser, SamplingSettings(samples, steps, name="table-v1"))
-    guided, _ = _score(evaluator, denoiser, SamplingSettings(samples, steps, guidance, name="table-v1"))
+    plain, images = _score(evaluator, denoiser, SamplingSettings(samples, Sampler(steps=steps), name="table-v1"))
+    with_guidance = Sampler(steps=steps, guidance=guidance)
+    guided, _ = _score(evaluator, denoiser, SamplingSettings(samples, with_guidance, name="table-v1"))
     precision, recall = precision_recall(plain.features, evaluator.reference_features[:samples])
     floor = evaluator.floor()
     units = select_units(denoiser.anatomy(), None, denoiser.default_dense(), 4)
     masks = MaskSet(denoiser.network, units, Sparsity(2, 4))
-    one_shot, _ = _score(evaluator, denoiser, SamplingSettings(samples, steps, name="table-v1"))
+    one_shot, _ = _score(evaluator, denoiser, SamplingSettings(samples, Sampler(steps=steps), name="table-v1"))
     masks.set_sparsity(None)
     train = data.split("train").images
     return {
@@ -78,7 +80,7 @@ def _score(evaluator: Evaluator, denoiser: Denoiser, settings: SamplingSettings)
     drawn: list[Tensor] = []
 
     def draw(ids: Tensor, labels: Tensor) -> Tensor:
-        images = sample_images(denoiser, PROCESS, ids, labels, settings.steps, settings.guidance)
+        images = sample_images(denoiser, PROCESS, ids, labels, settings.sampler)
         drawn.append(to_uint8(images))
         return images
 

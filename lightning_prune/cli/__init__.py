@@ -20,8 +20,10 @@ Make pretrained diffusion models cheaper to sample.
   validate   one validation pass of a config and checkpoint
   test       evaluate a config and checkpoint on held-out data
   predict    draw images for held-out labels
-  export     turn a checkpoint into an artifact
+  plan       what a config would do, from shapes alone: reach, cost, memory; without weights or GPU
+  export     turn a checkpoint into an artifact, or an artifact's 2:4 layers into semi-structured ones
   bench      time an artifact against the dense network, in one interleaved measurement
+  cache-latents  encode pictures and captions once, for training without autoencoder and text encoders
   prefetch   put weights that evaluation needs into the cache: prefetch inception [--from PATH]
   pareto     one table over the reports of many runs, a sweep's for one: pareto runs/
   submit     check a config and send its fit to SLURM: submit --config x.yaml --nodes 2 [--dry-run]
@@ -74,6 +76,7 @@ def _through_srun(args: Sequence[str]) -> None:
 
 def _dispatch(args: Sequence[str]) -> int:
     # Verbs that need no trainer are modules with a `run` of their own; everything else is Lightning's.
-    module = args[0] if args[0] in ("export", "bench", "prefetch", "submit", "pareto") else "trainer_cli"
+    verbs = ("export", "plan", "bench", "cache-latents", "pareto", "prefetch", "submit")
+    module = args[0].replace("-", "_") if args[0] in verbs else "trainer_cli"
     status: int = import_module(f"lightning_prune.cli.{module}").run(args if module == "trainer_cli" else args[1:])
     return status

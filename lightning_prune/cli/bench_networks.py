@@ -12,14 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.conditions import Condition
+from lightning_prune.diffusion.gated import StepGated
+from lightning_prune.diffusion.gating import sharing_copy
+from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.samplers import Predict, ddim_sample, ddim_scheduler, guided, initial_noise
+from lightning_prune.diffusion.samplers import Predict, guided, initial_noise, integrate
+from lightning_prune.diffusion.solvers import Sampler, make_solver
 from lightning_prune.export import load
 from lightning_prune.export.artifact import MANIFEST, read_manifest
 from lightning_prune.metrics.evaluation import balanced_labels
 from lightning_prune.metrics.macs import count_denoiser, macs_per_image
-from lightning_prune.protocols import InputError, Sparsity
+from lightning_prune.metrics.trajectory import trajectory_cost
+from lightning_prune.protocols import InputError, Sparsity, StepAware
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,7 +43,12 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.steps is not None:
-            ddim_scheduler(self.process, self.steps)
+            make_solver(self.sampler, self.process)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The trajectory's; of a single step for one network call."""
+        return Sampler(steps=1 if self.steps is None else self.steps, guidance=self.scale)
 
     @property
     def scale(self) -> float:
@@ -49,37 +59,54 @@ class Task:
         """What is timed, for the result."""
         if self.steps is None:
             return {"name": "one network call"}
-        return {"name": "trajectory", "sampler": "DDIM eta=0, trailing", "steps": self.steps, "guidance": self.scale}
+        return {"name": "trajectory", "sampler": self.sampler.describe(), "steps": self.steps, "guidance": self.scale}
 
     def arm(self, denoiser: Denoiser, mode: str, batch: int) -> Callable[[], Tensor]:
         """A function that does it once for `batch` images on the denoiser's device, in its type."""
         weight = next(denoiser.parameters())
-        # Shapes are fixed, so the compiler may rely on them; it compiles in the first call.
-        predict: Predict = torch.compile(denoiser, dynamic=False) if mode == "compiled" else denoiser
+        if self.steps is None and isinstance(denoiser, StepAware):
+            raise InputError("--steps: the artifact works step by step; time a whole trajectory, with --steps N")
+        predict: Predict = _compiled(denoiser) if mode == "compiled" else denoiser
         noise = initial_noise(torch.arange(batch), denoiser.sample_shape).to(weight.device)
-        labels = balanced_labels(batch, denoiser.num_classes).to(weight.device)
+        cond = denoiser.blank_condition(batch, weight.device)
+        if denoiser.num_classes:
+            cond = balanced_labels(batch, denoiser.num_classes).to(weight.device)
         if self.steps is None:
-            return _call(predict, noise.to(weight.dtype), labels)
-        return self._trajectory(predict, denoiser, noise, labels)
+            return _call(predict, noise.to(weight.dtype), cond)
+        return self._trajectory(predict, denoiser, noise, cond)
 
-    def _trajectory(self, predict: Predict, denoiser: Denoiser, noise: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-        assert self.steps is not None
-        steps, dtype = self.steps, next(denoiser.parameters()).dtype
+    def _trajectory(self, predict: Predict, denoiser: Denoiser, noise: Tensor, cond: Condition) -> Callable[[], Tensor]:
+        dtype = next(denoiser.parameters()).dtype
 
         # The image stays in float32 between steps, as rounding it every time costs quality; networks see their type.
-        def in_type(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        def in_type(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
             return predict(x.to(dtype), t, cond).to(x.dtype)
 
-        both = guided(in_type, denoiser.null_condition, self.scale)
-        return lambda: ddim_sample(both, self.process, noise, labels, steps)
+        calls = self.sampler.calls(self.process)
+
+        def enter(index: int) -> None:
+            if isinstance(predict, StepAware):
+                predict.at_step(index, calls)
+
+        both = guided(in_type, denoiser.null_condition, self.scale, denoiser.guide)
+        return lambda: integrate(both, self.process, noise, cond, self.sampler, enter)
 
 
-def _call(predict: Predict, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+def _compiled(denoiser: Any) -> Predict:
+    """Compiled in the first call. Shapes are fixed, so the compiler may rely on them."""
+    if not isinstance(denoiser, StepGated):
+        return torch.compile(denoiser, dynamic=False)  # type: ignore[no-any-return]
+    beside = sharing_copy(denoiser)
+    beside.compile_paths(dynamic=False)
+    return beside
+
+
+def _call(predict: Predict, x: Tensor, cond: Condition) -> Callable[[], Tensor]:
     t = torch.full((len(x),), 500, device=x.device)
 
     @torch.no_grad()
     def call() -> Tensor:
-        return predict(x, t, labels)
+        return predict(x, t, cond)
 
     return call
 
@@ -137,7 +164,10 @@ class Pair:
     def macs(self, task: Task) -> dict[str, Any]:
         """MACs an image of both; those of masked layers count n/m, whether or not a kernel saves the rest."""
         dense = macs_per_image(count_denoiser(self.dense).macs(), task.steps or 1, task.scale)
-        pruned = macs_per_image(count_denoiser(self.pruned).kept(self.masks), task.steps or 1, task.scale)
+        if isinstance(self.pruned, StepAware):
+            pruned = trajectory_cost(self.pruned, task.process, task.sampler).macs()
+        else:
+            pruned = macs_per_image(count_denoiser(self.pruned).kept(self.masks), task.steps or 1, task.scale)
         return {
             "convention": "aten",
             "dense_per_image": dense,
@@ -159,7 +189,8 @@ def load_pair(folder: Path, against: str | None, subfolder: str | None) -> Pair:
     if source is None:
         raise InputError(f"{folder / MANIFEST}: records no base; name the dense network with --against")
     try:
-        dense = type(pruned)(weights=source, subfolder=subfolder).eval()
+        family = families()[manifest["base"]["class"]]
+        dense = family(weights=source, subfolder=subfolder).eval()
     except InputError as error:
         hint = "" if against else f" (the base in {folder / MANIFEST}; --against names another)"
         raise InputError(f"--against: {error}{hint}") from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.diffusion.models.base import first_difference
+from lightning_prune.diffusion.pretrained import first_difference
 from lightning_prune.protocols import InputError
 
 _WORDS = ("best", "last", "hpc", "registry")

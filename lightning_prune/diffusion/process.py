@@ -1,8 +1,10 @@
-"""The forward process: noise schedule, training target, and how a prediction is read.
+"""The forward process: how data become noise, what the network is asked for, and how its answer is read.
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps        (Ho et al. 2020, equation 4)
+    x_t = a_t x_0 + s_t eps
 
-The coefficients come from diffusers' `DDPMScheduler`, so a schedule means here what it means there.
+Variance-preserving processes have a_t = sqrt(abar_t) and s_t = sqrt(1 - abar_t) (Ho et al. 2020, equation 4), with
+coefficients from diffusers' `DDPMScheduler`, so a schedule means here what it means there. The flow process has
+a_t = 1 - s_t (Lipman et al. 2023; Esser et al. 2024), and its `t` is 1000 s_t, a float, as diffusers' networks expect.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from lightning_prune.protocols import InputError
 
-Schedule = Literal["linear", "scaled_linear", "cosine"]
-Prediction = Literal["epsilon", "v", "x0"]
+Schedule = Literal["linear", "scaled_linear", "cosine", "flow"]
+Prediction = Literal["epsilon", "v", "x0", "flow"]
 
 _DIFFUSERS_SCHEDULE: dict[Schedule, str] = {
     "linear": "linear",
@@ -28,16 +30,17 @@ _DIFFUSERS_PREDICTION: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_pr
 
 
 class Process:
-    """A discrete-time variance-preserving process.
+    """A discrete-time process.
 
     Args:
         schedule: noise schedule, by its usual name.
-        prediction: what the network outputs: the noise, v = sqrt(abar) eps - sqrt(1 - abar) x_0
-            (Salimans and Ho 2022), or x_0.
+        prediction: what the network outputs: the noise, v = a eps - s x_0 (Salimans and Ho 2022), x_0, or, for the
+            flow schedule and for it alone, eps - x_0.
         timesteps: number of training timesteps.
         beta_start: first beta of the linear schedules.
         beta_end: last beta of the linear schedules.
         clip_sample: whether samplers clip the predicted x_0 to [-1, 1]; true for pixels, false for latents.
+        shift: of the flow schedule: noise levels s become shift s / (1 + (shift - 1) s).
     """
 
     def __init__(
@@ -48,13 +51,24 @@ class Process:
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         clip_sample: bool = True,
+        shift: float = 1.0,
     ) -> None:
         if timesteps < 2:
             raise InputError(f"process.timesteps: {timesteps} is too few, at least 2 are needed")
+        if (schedule == "flow") != (prediction == "flow"):
+            raise InputError(f"process.prediction: {prediction!r} does not go with the schedule {schedule!r}")
+        if shift <= 0:
+            raise InputError(f"process.shift: {shift} is not positive")
         self.prediction = prediction
         self.timesteps = timesteps
         self.clip_sample = clip_sample
-        self.scheduler_config: dict[str, Any] = {
+        self.shift = shift
+        self.is_flow = schedule == "flow"
+        self.scheduler_config: dict[str, Any]
+        if self.is_flow:
+            self.scheduler_config = {"num_train_timesteps": timesteps, "shift": shift, "clip_sample": clip_sample}
+            return
+        self.scheduler_config = {
             "num_train_timesteps": timesteps,
             "beta_start": beta_start,
             "beta_end": beta_end,
@@ -62,7 +76,7 @@ class Process:
             "prediction_type": _DIFFUSERS_PREDICTION[prediction],
             "clip_sample": clip_sample,
         }
-        self.alphas_cumprod: Tensor = DDPMScheduler(**self.scheduler_config).alphas_cumprod
+        self._alphas_cumprod: Tensor = DDPMScheduler(**self.scheduler_config).alphas_cumprod
 
     @classmethod
     def from_scheduler(cls, config: Mapping[str, Any]) -> Process:
@@ -74,6 +88,14 @@ class Process:
         schedules = {theirs: ours for ours, theirs in _DIFFUSERS_SCHEDULE.items()}
         predictions = {theirs: ours for ours, theirs in _DIFFUSERS_PREDICTION.items()}
         try:
+            if "shift" in config:
+                return cls(
+                    "flow",
+                    "flow",
+                    config["num_train_timesteps"],
+                    clip_sample=config["clip_sample"],
+                    shift=config["shift"],
+                )
             return cls(
                 schedules[config["beta_schedule"]],
                 predictions[config["prediction_type"]],
@@ -85,14 +107,32 @@ class Process:
         except KeyError as error:
             raise InputError(f"sampler: {error} is missing or describes no process known here") from error
 
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """abar_t [timesteps]. Raises `InputError` for the flow process, which has none."""
+        if self.is_flow:
+            raise InputError("process.schedule: the flow process has no cumulative alphas")
+        return self._alphas_cumprod
+
+    def grid(self) -> Tensor:
+        """Every training timestep [timesteps], from clean to noisy, as the network sees it."""
+        if not self.is_flow:
+            return torch.arange(self.timesteps)
+        level = torch.arange(1, self.timesteps + 1, dtype=torch.float64) / self.timesteps
+        shifted = self.shift * level / (1 + (self.shift - 1) * level)
+        return (self.timesteps * shifted).float()
+
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (sqrt(abar_t), sqrt(1 - abar_t)) for `t` [B], shaped to broadcast against `like` [B, ...]."""
-        abar = self.alphas_cumprod.to(like.device)[t].to(like.dtype)
+        """Return (a_t, s_t) for `t` [B], shaped to broadcast against `like` [B, ...]."""
         shape = (-1, *[1] * (like.ndim - 1))
+        if self.is_flow:
+            level = t.to(like.device, like.dtype) / self.timesteps
+            return (1 - level).view(shape), level.view(shape)
+        abar = self.alphas_cumprod.to(like.device)[t.long()].to(like.dtype)
         return abar.sqrt().view(shape), (1 - abar).sqrt().view(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t for clean `x0` [B, ...], `noise` of the same shape and integer `t` [B]."""
+        """x_t for clean `x0` [B, ...], `noise` of the same shape and `t` [B]."""
         signal, sigma = self.coefficients(t, x0)
         return signal * x0 + sigma * noise
 
@@ -102,15 +142,37 @@ class Process:
             return noise
         if self.prediction == "x0":
             return x0
+        if self.prediction == "flow":
+            return noise - x0
         signal, sigma = self.coefficients(t, x0)
         return signal * noise - sigma * x0
 
+    def x0_and_noise(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The x_0 and eps that a network's `prediction` at `x` = x_t stands for; x_0 is clipped where asked for.
+
+        A clipped x_0 comes with the noise that belongs to it; the two would drift apart, badly so under guidance.
+        """
+        signal, sigma = self.coefficients(t, x)
+        if self.prediction == "epsilon":
+            x0 = (x - sigma * prediction) / signal
+        elif self.prediction == "x0":
+            x0 = prediction
+        elif self.prediction == "flow":
+            x0 = x - sigma * prediction
+        else:
+            x0 = signal * x - sigma * prediction
+        x0 = x0.clamp(-1, 1) if self.clip_sample else x0
+        return x0, (x - signal * x0) / sigma
+
     def describe(self) -> str:
         """The process in a few words, for protocols."""
-        betas = f"{self.scheduler_config['beta_schedule']} schedule of {self.timesteps}"
         clipping = "clipped with its noise" if self.clip_sample else "not clipped"
+        if self.is_flow:
+            return f"flow of {self.timesteps}, shift {self.shift:g}, x0 {clipping}"
+        betas = f"{self.scheduler_config['beta_schedule']} schedule of {self.timesteps}"
         return f"{betas}, {self.prediction}-prediction, x0 {clipping}"
 
     def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Uniform integer timesteps [batch] on the generator's device."""
-        return torch.randint(0, self.timesteps, (batch,), generator=generator, device=generator.device)
+        """Timesteps [batch], uniform over the training grid, on the generator's device."""
+        index = torch.randint(0, self.timesteps, (batch,), generator=generator, device=generator.device)
+        return self.grid().to(index.device)[index] if self.is_flow else index

@@ -1,24 +1,27 @@
 """Sampling: one loop for evaluation, search and export.
 
-Timesteps are addressed by step index; the starting noise of sample `i` is a function of its id alone and is drawn
-on the CPU, so images do not depend on batch size, device count or world size.
+Steps are addressed by index; the starting noise of sample `i` is a function of its id alone and is drawn on the CPU, so
+images do not depend on batch size, device count or world size. Clipping happens here, the same for every solver.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
+from lightning_prune.diffusion.conditions import Condition, move, stack
 from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.models.base import guide_every_channel
 from lightning_prune.diffusion.process import Process
-from lightning_prune.protocols import InputError
+from lightning_prune.diffusion.solvers import Sampler, make_solver
+from lightning_prune.protocols import StepAware
 from lightning_prune.seeds import derive
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+Predict = Callable[[Tensor, Tensor, Condition], Tensor]
+OnStep = Callable[[int], None]
+Guide = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def initial_noise(ids: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -27,84 +30,88 @@ def initial_noise(ids: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.stack(rows)
 
 
-def guided(predict: Predict, null_condition: Callable[[Any], Any], guidance: float) -> Predict:
-    """Classifier-free guidance, uncond + w (cond - uncond) (Ho and Salimans 2022), in one doubled batch.
+def guided(
+    predict: Predict,
+    null_condition: Callable[[Condition], Condition],
+    guidance: float,
+    guide: Guide = guide_every_channel,
+) -> Predict:
+    """Classifier-free guidance in one doubled batch; `guide` is the family's rule (`Denoiser.guide`).
 
     A scale of 1 is the conditional prediction alone and costs one call.
     """
     if guidance == 1.0:
         return predict
 
-    def both(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        stacked = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null_condition(cond)]))
+    def both(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        stacked = predict(torch.cat([x, x]), torch.cat([t, t]), stack(cond, null_condition(cond)))
         conditional, unconditional = stacked.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        return guide(conditional, unconditional, guidance)
 
     return both
 
 
-def ddim_scheduler(process: Process, steps: int) -> DDIMScheduler:
-    """diffusers' deterministic DDIM on `steps` timesteps that end at the noisiest one ("trailing" spacing)."""
-    if not 1 <= steps <= process.timesteps:
-        raise InputError(f"steps: {steps} sampling steps, but the process has {process.timesteps}")
-    scheduler = DDIMScheduler(**process.scheduler_config, timestep_spacing="trailing", set_alpha_to_one=True)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-@torch.no_grad()
-def ddim_sample(
-    predict: Predict,
-    process: Process,
-    noise: Tensor,
-    cond: Tensor,
-    steps: int,
-    on_step: Callable[[int], None] | None = None,
+def trajectory(
+    predict: Predict, process: Process, noise: Tensor, cond: Condition, sampler: Sampler, on_step: OnStep | None = None
 ) -> Tensor:
-    """Deterministic DDIM (Song et al. 2021, equation 12 with eta = 0).
+    """Run a sampler's steps, with gradients where they are enabled; guidance is `predict`'s.
 
     Args:
-        predict: network prediction for (x_t [B, ...], t [B], cond [B]).
+        predict: network prediction for (x_t [B, ...], t [B], cond).
         process: the forward process the network was trained on.
         noise: starting noise [B, C, H, W], on the device to sample on.
-        cond: labels [B].
-        steps: number of network evaluations.
+        cond: condition of the batch.
+        sampler: solver and timesteps.
         on_step: called with each step index before it runs.
 
     Returns:
         Samples of the shape of `noise`.
     """
-    scheduler = ddim_scheduler(process, steps)
-    x = noise
-    for index, t in enumerate(scheduler.timesteps.tolist()):
+    solver = make_solver(sampler, process)
+    x = noise * solver.init_noise_sigma
+    for index, t in enumerate(solver.timesteps):
         if on_step is not None:
             on_step(index)
-        output = predict(x, torch.full((len(x),), t, device=x.device, dtype=torch.long), cond)
-        # A clipped x_0 needs the noise that belongs to it; the two would drift apart, badly so under guidance.
-        x = scheduler.step(output, t, x, eta=0.0, use_clipped_model_output=process.clip_sample).prev_sample
+        seen = solver.scale_model_input(x, t)
+        times = t.to(x.device).expand(len(x))
+        output = predict(seen, times if process.is_flow else times.long(), cond)
+        if process.clip_sample:
+            output = process.target(*process.x0_and_noise(output, seen, times), times)
+        x = solver.step(output, t, x)
     return x
+
+
+# A trajectory without gradients.
+integrate = torch.no_grad()(trajectory)
 
 
 def sample_images(
     denoiser: Denoiser,
     process: Process,
     ids: Tensor,
-    labels: Tensor,
-    steps: int = 20,
-    guidance: float = 1.0,
+    cond: Condition,
+    sampler: Sampler,
     seed: int = 0,
-    on_step: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
-    """Samples [B, C, H, W] of `denoiser` for sample `ids` [B] and `labels` [B], on the denoiser's device.
+    """Samples [B, C, H, W] of `denoiser` for sample `ids` [B] and their conditions, on the denoiser's device.
 
-    The denoiser is left in the mode it was in.
+    The denoiser is left in the mode it was in. One whose work depends on the step is told each before it runs.
     """
     device = next(denoiser.parameters()).device
+    calls = sampler.calls(process)
     was_training = denoiser.training
+
+    def enter(index: int) -> None:
+        if isinstance(denoiser, StepAware):
+            denoiser.at_step(index, calls)
+        if on_step is not None:
+            on_step(index)
+
     denoiser.eval()
     try:
         noise = initial_noise(ids, denoiser.sample_shape, seed).to(device)
-        predict = guided(denoiser, denoiser.null_condition, guidance)
-        return ddim_sample(predict, process, noise, labels.to(device), steps, on_step)
+        predict = guided(denoiser, denoiser.null_condition, sampler.guidance, denoiser.guide)
+        return integrate(predict, process, noise, move(cond, device), sampler, enter)
     finally:
         denoiser.train(was_training)

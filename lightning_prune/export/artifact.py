@@ -1,9 +1,11 @@
 """The artefact: a folder of safetensors and JSON that loads in diffusers and here, and executes nothing.
 
     config.json  diffusion_pytorch_model.safetensors     what `from_pretrained` of the diffusers class reads
+    gates.json                                           which blocks run at which step, where a schedule was found
     pruning.json                                         the manifest: what was done, checksums of every file
 
-Masked weights are written as dense tensors with valid zeros: any tool loads them.
+Masked weights are written as dense tensors with valid zeros: any tool loads them. Stages of slim networks have
+`stages.safetensors` instead, and the configuration is that of the network they were cut from.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ from safetensors.torch import save_file
 from lightning_prune import __version__
 from lightning_prune.checksums import sha256
 from lightning_prune.diffusion.models import Denoiser, families
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.routing import StagedDenoiser
+from lightning_prune.export import packed, staged
+from lightning_prune.export.gates import GATES, apply_gates
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.masks import effective_state, masked_layers
 
@@ -27,7 +33,9 @@ MANIFEST = "pruning.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mapping[str, Any]) -> Path:
+def save_artifact(
+    denoiser: Denoiser, folder: Path, method: str, details: Mapping[str, Any], files: Mapping[str, str] | None = None
+) -> Path:
     """Write an artefact.
 
     Args:
@@ -35,6 +43,7 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
         folder: where to; created.
         method: name of the method that made it.
         details: further manifest entries (`sampler`, `protocol`, `results`, ...).
+        files: texts of further files by name, such as gates.json.
 
     Returns:
         `folder`.
@@ -42,17 +51,25 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
     final, folder = folder, folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    state = effective_state(denoiser.network)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _WEIGHTS)
-    config = {"_class_name": denoiser.network_class.__name__, **denoiser.config()}
+    if isinstance(denoiser, StagedDenoiser):
+        network_class = denoiser.family.network_class.__name__
+        weights, own = staged.FILE, staged.write(denoiser, folder)
+    else:
+        network_class, weights = denoiser.network_class.__name__, _WEIGHTS
+        state = effective_state(denoiser.network)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _WEIGHTS)
+        own = {"masks": {name: str(layer.sparsity) for name, layer in masked_layers(denoiser.network).items()}}
+    config = {"_class_name": network_class, **denoiser.config()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name, text in (files or {}).items():
+        (folder / name).write_text(text)
     manifest = {
         "schema": SCHEMA,
         "lightning_prune": __version__,
         "method": [method],
-        "base": {"class": denoiser.network_class.__name__, "weights": denoiser.weights},
-        "files": {name: sha256(folder / name) for name in (_WEIGHTS, "config.json")},
-        "masks": {name: str(layer.sparsity) for name, layer in masked_layers(denoiser.network).items()},
+        "base": _base(denoiser, network_class),
+        "files": {name: sha256(folder / name) for name in (weights, "config.json", *(files or {}))},
+        **own,
         **details,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -60,6 +77,13 @@ def save_artifact(denoiser: Denoiser, folder: Path, method: str, details: Mappin
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     return final
+
+
+def _base(denoiser: Denoiser, network_class: str) -> dict[str, Any]:
+    """The network it was made from, and what its family has to be told besides the weights."""
+    base = {"class": network_class, "weights": denoiser.weights}
+    arguments = denoiser.arguments()
+    return base | ({"arguments": arguments} if arguments else {})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -85,15 +109,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def load(path: str | Path) -> Denoiser:
-    """Return the denoiser of an artefact, in evaluation mode.
+    """Return the denoiser of an artefact, in evaluation mode; under its schedule of gates where it has one.
 
     Raises:
         InputError: a missing, damaged or newer artefact, or a network class no backbone file describes.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    name = manifest["base"]["class"]
+    name, arguments = manifest["base"]["class"], manifest["base"].get("arguments", {})
     if name not in families():
         raise InputError(f"{folder / MANIFEST}: no backbone is known for {name}")
-    denoiser: Denoiser = families()[name](weights=str(folder))
+    if "stages" in manifest:
+        return staged.read(families()[name], folder, manifest).eval()
+    if "semi_structured" in manifest:
+        return packed.read_packed(families()[name], folder, manifest).eval()
+    denoiser: Denoiser = families()[name](weights=str(folder), **arguments)
+    if GATES in manifest["files"]:
+        denoiser = apply_gates(denoiser, folder / GATES, Process.from_scheduler(manifest["sampler"]))
     return denoiser.eval()

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from lightning_prune import __version__
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
-from lightning_prune.metrics.evaluation import SamplingSettings, Score, balanced_labels
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.diffusion.variants import Variant
+from lightning_prune.metrics.evaluation import Score, balanced_labels
 from lightning_prune.metrics.frechet import Distance, paired_difference
 from lightning_prune.metrics.latency import interleaved_medians
-from lightning_prune.metrics.macs import count_denoiser, macs_per_image, weight_statistics
+from lightning_prune.metrics.machine import versions
+from lightning_prune.metrics.macs import weight_statistics
+from lightning_prune.metrics.trajectory import TrajectoryCost, trajectory_cost
 from lightning_prune.protocols import InputError
-from lightning_prune.pruning.masks import MaskedLayer, effective_state, masked_layers
+from lightning_prune.pruning.masks import MaskedLayer, effective_state
 
 SCHEMA = 1
-_LIBRARIES = ("torch", "lightning", "diffusers", "numpy")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one network costs: MACs of an image in a convention, parameters, and its masked share."""
+    """What one network costs: MACs of an image in a convention, parameters, and its masked share.
+
+    `macs_kept` is relative to the first network of the table, the dense one.
+    """
 
     macs_per_image: int
     macs_kept: float
@@ -39,16 +44,32 @@ class Cost:
     nonzero_parameters: int
 
 
-def cost(denoiser: Denoiser, settings: SamplingSettings) -> Cost:
-    """Cost of one image in the `aten` convention; masked layers keep n/m of their products."""
-    ledger = count_denoiser(denoiser)
-    masks = {name: layer.sparsity for name, layer in masked_layers(denoiser.network).items() if layer.sparsity}
+def costs(variants: Mapping[str, Variant], process: Process, sampler: Sampler) -> dict[str, Cost]:
+    """Cost of one image of each network in the `aten` convention; masked layers keep n/m of their products."""
+    found = {name: trajectory_cost(v.denoiser, process, v.sampler or sampler) for name, v in variants.items()}
+    dense = next(iter(found.values())).macs()
+    return {name: _cost(variants[name], trajectory, dense) for name, trajectory in found.items()}
+
+
+def with_fewer_steps(variants: Mapping[str, Variant], process: Process, sampler: Sampler) -> dict[str, Variant]:
+    """The control at equal cost: before the last network, the first with as many steps as the last one's MACs allow."""
+    *rest, result = variants
+    first = variants[rest[0]]
+    budget = trajectory_cost(variants[result].denoiser, process, variants[result].sampler or sampler).macs()
+    a_step = trajectory_cost(first.denoiser, process, replace(sampler, steps=1)).macs()
+    steps = max(1, int(budget / a_step))
+    control = {f"{rest[0]}, {steps} steps": Variant(first.denoiser, replace(sampler, steps=steps))}
+    return {**{name: variants[name] for name in rest}, **control, result: variants[result]}
+
+
+def _cost(variant: Variant, trajectory: TrajectoryCost, dense: Fraction) -> Cost:
+    weights = weight_statistics(baked_copy(variant.denoiser))
     return Cost(
-        macs_per_image=int(macs_per_image(ledger.kept(masks), settings.steps, settings.guidance)),
-        macs_kept=float(ledger.kept_share(masks)),
-        masked_share=float(ledger.masked_share(masks)),
-        parameters=ledger.parameters,
-        nonzero_parameters=weight_statistics(baked_copy(denoiser)).nonzero,
+        macs_per_image=int(trajectory.macs()),
+        macs_kept=float(trajectory.macs() / dense),
+        masked_share=float(trajectory.masked_share()),
+        parameters=weights.parameters,
+        nonzero_parameters=weights.nonzero,
     )
 
 
@@ -63,23 +84,24 @@ def baked_copy(denoiser: Denoiser) -> Denoiser:
 
 
 def seconds_per_image(
-    denoisers: Mapping[str, Denoiser], process: Process, settings: SamplingSettings, images: int, repeats: int
+    variants: Mapping[str, Variant], process: Process, sampler: Sampler, images: int, repeats: int
 ) -> dict[str, float]:
     """Median seconds an image of each network, all in one interleaved measurement on baked weights."""
-    ids, labels = torch.arange(images), balanced_labels(images, next(iter(denoisers.values())).num_classes)
-    plain = {name: baked_copy(denoiser) for name, denoiser in denoisers.items()}
+    ids, labels = torch.arange(images), balanced_labels(images, next(iter(variants.values())).denoiser.num_classes)
 
-    def arm(denoiser: Denoiser) -> Any:
-        return lambda: sample_images(denoiser, process, ids, labels, settings.steps, settings.guidance)
+    def arm(variant: Variant) -> Any:
+        plain = baked_copy(variant.denoiser)
+        return lambda: sample_images(plain, process, ids, labels, variant.sampler or sampler)
 
-    medians = interleaved_medians({name: arm(denoiser) for name, denoiser in plain.items()}, repeats)
+    medians = interleaved_medians({name: arm(variant) for name, variant in variants.items()}, repeats)
     return {name: seconds / images for name, seconds in medians.items()}
 
 
-def row(name: str, score: Score, costs: Cost, seconds: float) -> dict[str, Any]:
-    """One row of `report.json`."""
+def row(name: str, score: Score, costs: Cost, seconds: float, own: Sampler | None = None) -> dict[str, Any]:
+    """One row of `report.json`; `own` is its sampler where that is not the protocol's."""
     return {
         "name": name,
+        **({"sampler": f"{own.describe()}, {own.steps} steps, guidance {own.guidance:g}"} if own else {}),
         score.metric: score.row(),
         "macs_per_image": costs.macs_per_image,
         "macs_kept": costs.macs_kept,
@@ -110,12 +132,11 @@ def build_report(
     protocols = {score.protocol.hash: score.protocol.content() for score in scores.values()}
     if len(protocols) != 1:
         raise InputError(f"report: rows of {len(protocols)} protocols cannot stand in one table: {sorted(protocols)}")
-    versions = {"lightning_prune": __version__, "python": platform.python_version()}
     return {
         "schema": SCHEMA,
         "method": method,
         "config": dict(config),
-        "versions": versions | {name: metadata.version(name) for name in _LIBRARIES},
+        "versions": versions(),
         "protocols": protocols,
         "floor": {"value": floor.value, "low": floor.low, "high": floor.high, "samples": len(floor.influence)},
         "rows": [dict(r) for r in rows],
@@ -231,8 +252,16 @@ def table_cells(report: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def write_report(report: Mapping[str, Any], notes: Sequence[str], folder: Path, name: str = "report") -> None:
-    """Write `<name>.json` and `<name>.md` into `folder`, made if need be."""
+def write_report(
+    report: Mapping[str, Any], notes: Sequence[str], scores: Mapping[str, Score], folder: Path, name: str = "report"
+) -> None:
+    """Write `<name>.json` and `<name>.md` into `folder`, made if need be.
+
+    `<name>-influence.safetensors` beside them holds each sample's influence on the distance, by row, from which
+    networks of different runs are compared in pairs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    influence = {row: score.fd.influence.float().contiguous() for row, score in scores.items()}
+    save_file(influence, folder / f"{name}-influence.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / f"{name}.md").write_text(to_markdown(report, notes))

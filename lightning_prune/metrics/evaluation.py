@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.metrics.drift import Drift, drift, joined
 from lightning_prune.metrics.extractors import Extracted, FeatureExtractor, load_extractor
 from lightning_prune.metrics.features import warn_if_rank_deficient
@@ -60,16 +61,14 @@ class SamplingSettings:
 
     Args:
         samples: number of samples; labels are balanced over the classes.
-        steps: network evaluations a sample.
-        guidance: classifier-free guidance scale; 1 is none.
+        sampler: solver, steps and guidance.
         seed: seed of the starting noise.
         batch_size: samples drawn at once, by one process.
         name: name of the protocol.
     """
 
     samples: int = 1000
-    steps: int = 10
-    guidance: float = 1.0
+    sampler: Sampler = field(default_factory=lambda: Sampler(steps=10))
     seed: int = 0
     batch_size: int = 100
     name: str = "quick-v1"
@@ -191,10 +190,10 @@ class Evaluator:
         return Protocol(
             name=settings.name,
             samples=settings.samples,
-            sampler="DDIM eta=0, trailing",
+            sampler=settings.sampler.describe(),
             process=process.describe(),
-            steps=settings.steps,
-            guidance=settings.guidance,
+            steps=settings.sampler.steps,
+            guidance=settings.sampler.guidance,
             sample_seed=settings.seed,
             extractor=self.extractor.name,
             extractor_sha256=self.extractor.sha256,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_prune.metrics.features import check_features
 from lightning_prune.protocols import InputError
 
 Z95 = 1.959963984540054
@@ -39,10 +40,7 @@ class Moments:
         Raises:
             InputError: fewer than two samples, or features that are not finite.
         """
-        if len(features) < 2:
-            raise InputError(f"a Frechet distance needs at least two samples, got {len(features)}")
-        if not torch.isfinite(features).all():
-            raise InputError("features are not finite: the images they come from are not")
+        check_features(features)
         features = features.double()
         return cls(features.mean(dim=0), features.T.cov(), len(features))
 

@@ -1,4 +1,4 @@
-"""What a measurement of seconds ran on; without it the seconds say nothing."""
+"""What a result was computed with; without the machine, seconds say nothing."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def usable_cores() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions that decide how fast a network runs."""
-    libraries = {name: metadata.version(name) for name in ("torch", "diffusers")}
+    """Versions of everything that decides what a run computes and how fast."""
+    libraries = {name: metadata.version(name) for name in ("torch", "lightning", "diffusers", "numpy")}
     return {"lightning_prune": __version__, "python": platform.python_version()} | libraries

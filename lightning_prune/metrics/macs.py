@@ -169,8 +169,9 @@ def count_denoiser(denoiser: Denoiser) -> Ledger:
     weight = next(p for p in denoiser.network.parameters() if p.is_floating_point())
     x = torch.zeros(1, *denoiser.sample_shape, device=weight.device, dtype=weight.dtype)
     t = torch.zeros(1, device=weight.device, dtype=torch.long)
+    cond = denoiser.blank_condition(1, weight.device)
     with _evaluating(denoiser):
-        return ledger_of(denoiser.network, trace(denoiser.network, lambda: denoiser(x, t, t.clone())))
+        return ledger_of(denoiser.network, trace(denoiser.network, lambda: denoiser(x, t, cond)))
 
 
 @contextmanager

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lightning_prune.checksums import sha256
+from lightning_prune.files import written_whole
 from lightning_prune.metrics.extractors.base import FeatureExtractor, check_images, to_rgb
 from lightning_prune.metrics.extractors.inception_weights import cache_folder
-from lightning_prune.metrics.files import written_whole
 from lightning_prune.metrics.frechet import Moments
 from lightning_prune.protocols import InputError
 

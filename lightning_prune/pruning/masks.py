@@ -36,11 +36,17 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class MaskedLayer(nn.Module):
-    """What masked layers share: a pattern and the mask it gives for the current weight."""
+    """What masked layers share: a pattern and the mask it gives for the current weight.
+
+    A frozen mask stays whatever the weight becomes, also when other patterns were in force in between; so does one
+    from scores, such as random or calibrated ones.
+    """
 
     weight: Tensor
     _sparsity: Sparsity | None
     _mask: Tensor | None
+    _scores: Tensor | None
+    _frozen: dict[Sparsity, Tensor]
 
     @property
     def sparsity(self) -> Sparsity | None:
@@ -53,22 +59,38 @@ class MaskedLayer(nn.Module):
         return self._mask
 
     def set_sparsity(self, sparsity: Sparsity | None) -> None:
-        """Change the pattern in place and derive the mask from the current weight."""
+        """Change the pattern in place and derive the mask from the scores, or else the current weight."""
         self._sparsity = None if sparsity is None or sparsity.is_dense else sparsity
         self._mask = None
         self.refresh_mask()
+
+    def set_scores(self, scores: Tensor | None) -> None:
+        """Derive masks from `scores`, of the weight's shape, instead of magnitudes; None goes back to these."""
+        self._scores = scores
+        self.refresh_mask()
+
+    def freeze_mask(self) -> None:
+        """Keep the present mask for its pattern."""
+        if self._sparsity is not None and self._mask is not None:
+            self._frozen[self._sparsity] = self._mask.bool()
 
     def refresh_mask(self) -> None:
         """Derive the mask again, into the tensor it already has where possible."""
         if self._sparsity is None:
             return
-        weight = local(self.weight)
-        mask = nm_mask(weight, self._sparsity)
-        current = self._mask
+        weight, current = local(self.weight), self._mask
+        mask = self.derived_mask(self._sparsity)
         if current is not None and _fits(current, weight):
             current.copy_(mask)
         else:
             self._mask = mask.to(weight.dtype)
+
+    def derived_mask(self, sparsity: Sparsity) -> Tensor:
+        """The boolean mask that a pattern has now: frozen, or from the scores, or else from magnitudes."""
+        weight = local(self.weight)
+        if sparsity in self._frozen:
+            return self._frozen[sparsity].to(weight.device)
+        return nm_mask(weight if self._scores is None else self._scores.to(weight.device), sparsity)
 
     def effective_weight(self) -> Tensor:
         """The weight this layer computes with; outside a call under FSDP2, this process' rows of it."""
@@ -177,9 +199,55 @@ class MaskSet:
                 layer.set_sparsity(_fitting(layer, sparsity))
 
     def refresh(self) -> None:
-        """Derive every mask from the current weights; call after weights changed in place."""
+        """Derive every mask that is not frozen from the current weights; call after weights changed in place."""
         for layer in self.layers.values():
             layer.refresh_mask()
+
+    def set_scores(self, scores: Mapping[str, Tensor]) -> None:
+        """Derive masks from scores by layer instead of from magnitudes."""
+        for name, layer in self.layers.items():
+            layer.set_scores(scores[name])
+
+    def freeze(self) -> None:
+        """Keep all masks of the present pattern as they are."""
+        for layer in self.layers.values():
+            layer.freeze_mask()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks of the present pattern stay whatever the weights become."""
+        return any(layer.sparsity in layer._frozen for layer in self.layers.values())
+
+    def masks(self) -> dict[str, Tensor]:
+        """Masks in force by layer, 1 where a weight is kept; layers that compute densely are left out."""
+        return {name: layer.mask for name, layer in self.layers.items() if layer.mask is not None}
+
+    def frozen_masks(self) -> dict[str, dict[str, Tensor]]:
+        """Frozen masks by layer and pattern, as booleans; they cannot be derived again, so checkpoints hold them."""
+        return {name: {str(s): m for s, m in layer._frozen.items()} for name, layer in self.layers.items()}
+
+    def restore(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Freeze the masks that `frozen_masks` gave."""
+        for name, layer in self.layers.items():
+            layer._frozen = {Sparsity.parse(pattern): mask for pattern, mask in masks[name].items()}
+            layer.refresh_mask()
+
+    @torch.no_grad()
+    def flips(self) -> dict[str, float]:
+        """Fraction of each mask that the present weights would change: what the next `refresh` flips."""
+        found = {}
+        for name, mask in self.masks().items():
+            layer = self.layers[name]
+            assert layer.sparsity is not None
+            found[name] = (layer.derived_mask(layer.sparsity) != mask.bool()).float().mean().item()
+        return found
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights, so that they stay where they are."""
+        for layer in self.layers.values():
+            if layer.weight.grad is not None and layer.mask is not None:
+                local(layer.weight.grad).mul_(layer.mask)
 
     @torch.no_grad()
     def density_by_layer(self) -> dict[str, float]:
@@ -243,7 +311,7 @@ def _convert(network: nn.Module, unit: PrunableUnit) -> MaskedLayer:
         raise InputError(f"layers: {unit.name} is a {type(layer).__name__}; only Linear and Conv2d can be masked")
     layer.__class__ = _MASKED[type(layer)]
     assert isinstance(layer, MaskedLayer)
-    layer._sparsity, layer._mask = None, None
+    layer._sparsity, layer._mask, layer._scores, layer._frozen = None, None, None, {}
     return layer
 
 
@@ -258,6 +326,6 @@ def _violations(layer: MaskedLayer, compare: bool) -> int:
     nonzero = (to_groups(layer.effective_weight(), sparsity.m) != 0).sum(dim=-1)
     broken = (kept != sparsity.n) | (nonzero > sparsity.n)
     if compare:
-        derived = nm_mask(local(layer.weight), sparsity).to(mask.dtype)
+        derived = layer.derived_mask(sparsity).to(mask.dtype)
         broken |= (to_groups(derived, sparsity.m) != to_groups(mask, sparsity.m)).any(dim=-1)
     return int(broken.sum())

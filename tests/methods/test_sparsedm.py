@@ -120,9 +120,9 @@ def test_the_reported_networks(tmp_path: Path) -> None:
     variants = module.variants()
     assert list(variants) == ["dense", "one-shot 2:4", "sparsedm 2:4"]
     start = tiny_dit().state_dict()
-    assert all(torch.equal(tensor, start[name]) for name, tensor in variants["dense"].state_dict().items())
-    assert not masked_layers(variants["dense"].network)
-    one_shot = effective_state(variants["one-shot 2:4"].network)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in variants["dense"].denoiser.state_dict().items())
+    assert not masked_layers(variants["dense"].denoiser.network)
+    one_shot = effective_state(variants["one-shot 2:4"].denoiser.network)
     name = next(iter(module.masks.layers))
     weight = start[f"network.{name}.weight"]
     assert torch.equal(one_shot[f"{name}.weight"], weight * nm_mask(weight, TWO_FOUR))
@@ -161,5 +161,5 @@ def test_n_equal_to_m_is_the_dense_control(tmp_path: Path) -> None:
     assert not masked_layers(module.denoiser.network)
     fit(module, tmp_path)
     assert module.kept_fraction() == {"aten": 1.0}
-    start, trained = (network.network.state_dict() for network in module.variants().values())
+    start, trained = (variant.denoiser.network.state_dict() for variant in module.variants().values())
     assert any(not torch.equal(start[name], trained[name]) for name in start)

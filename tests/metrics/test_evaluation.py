@@ -7,6 +7,7 @@ import torch
 
 from lightning_prune.data import EmbeddedFashion
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.metrics import features
 from lightning_prune.metrics.evaluation import Draw, Evaluator, Measurement, SamplingSettings
 from lightning_prune.metrics.frechet import Distance
@@ -14,7 +15,7 @@ from lightning_prune.metrics.reference import compute_reference, export_pytorch_
 from lightning_prune.pixels import to_unit_range
 from lightning_prune.protocols import InputError
 
-SETTINGS = SamplingSettings(samples=120, steps=2, batch_size=50, name="test")
+SETTINGS = SamplingSettings(samples=120, sampler=Sampler(steps=2), batch_size=50, name="test")
 PROCESS = Process()
 DATA = EmbeddedFashion()
 REAL = to_unit_range(DATA.split("held_out").images[:200])
@@ -75,7 +76,7 @@ def test_moments_from_a_file_give_the_same_distance(evaluator: Evaluator, tmp_pa
 
 
 def test_too_few_samples_for_the_dimensions_are_marked(evaluator: Evaluator) -> None:
-    few = SamplingSettings(samples=40, steps=2, name="test")
+    few = SamplingSettings(samples=40, sampler=Sampler(steps=2), name="test")
     features._warned().clear()  # it is said once a process, and another test may have been told
     with pytest.warns(UserWarning, match="rank deficient"):
         found = Evaluator(DATA).score({"dense": real}, few, PROCESS, "last")["dense"]

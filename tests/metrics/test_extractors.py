@@ -10,9 +10,9 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from lightning_prune.data import EmbeddedFashion
-from lightning_prune.metrics import fashion
 from lightning_prune.metrics.extractors import load_extractor
 from lightning_prune.metrics.extractors.base import FeatureExtractor, tensors_sha256
+from lightning_prune.metrics.extractors.fashion import load_classifier
 from lightning_prune.metrics.extractors.inception import InceptionExtractor
 from lightning_prune.metrics.extractors.timm import TimmExtractor
 from lightning_prune.protocols import InputError
@@ -112,7 +112,8 @@ def test_the_embedded_classifier_gives_what_it_gave() -> None:
     images = EmbeddedFashion().split("held_out").images[:20]
     extractor = load_extractor("fashion_classifier")
     found = extractor.extract(images)
-    features, logits = fashion.extract(fashion.load_classifier(), images)
+    classifier = load_classifier()
+    features, logits = classifier.features(images), classifier(images)
     assert torch.equal(found.features, features)
     assert found.logits is not None
     assert torch.equal(found.logits, logits)

@@ -16,6 +16,7 @@ import lightning_prune
 from lightning_prune.data import EmbeddedFashion
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.metrics.extractors.inception import InceptionExtractor, build_network
 from lightning_prune.metrics.extractors.inception_weights import read_weights
 from lightning_prune.metrics.frechet import Moments, frechet_distance
@@ -37,7 +38,7 @@ def generated(count: int) -> Tensor:
     """Images of the embedded transformer, DDIM-10."""
     denoiser, process = lightning_prune.load(ASSETS / "fashion_dit"), Process(schedule="cosine", prediction="v")
     ids = torch.arange(count)
-    drawn = [sample_images(denoiser, process, part, part % 10, 10, 1.0, 0) for part in ids.split(100)]
+    drawn = [sample_images(denoiser, process, part, part % 10, Sampler(steps=10)) for part in ids.split(100)]
     return to_uint8(torch.cat(drawn)).expand(-1, 3, -1, -1)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.variants import Variant
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.pruning.frozen import Frozen
 
@@ -27,8 +28,8 @@ class Dense(PruningModule):
         x_t, t, cond, target = self.diffuse(batch, generator)
         return mse_loss(self.denoise(x_t, t, cond), target), {}
 
-    def variants(self) -> dict[str, Denoiser]:
+    def variants(self) -> dict[str, Variant]:
         """The network it started from, if there was one, and the one it trained."""
         if self._start is None:
-            return {"dense": self.whole_denoiser()}
-        return {"dense": self._start.on(self.device), "dense fine-tuned": self.whole_denoiser()}
+            return {"dense": Variant(self.whole_denoiser())}
+        return {"dense": Variant(self._start.on(self.device)), "dense fine-tuned": Variant(self.whole_denoiser())}

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.optim import Optimizer
 
+from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.sparsedm.loss import sparsedm_loss
+from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
+from lightning_prune.metrics.macs import count_denoiser
 from lightning_prune.module import Batch, LrSchedule, PruningModule
-from lightning_prune.protocols import InputError, Sparsity
+from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import MaskSet, select_units
 
@@ -35,6 +41,12 @@ class SparseDM(PruningModule):
             straight-through.
         noise_weight: weight of the noise-prediction loss.
         distill_weight: weight of the distillation loss; 0 runs no teacher.
+        also: further patterns that the one set of weights learns at the same time, such as ["6:8"]: every step runs the
+            dense path, the target and one of these, each distilled from the dense path.
+        mask_scores: what masks are derived from: the magnitude of the weights at every step; "random" and "position"
+            are fixed and serve as floors.
+        freeze_masks_at: fraction of the steps from which masks no longer follow the weights, and pruned weights rest:
+            0 is ASP's retraining, 0.85 a late freeze; null is never.
         lr_schedule: shape of the learning rate after the warm-up.
         warmup_steps: steps of linear warm-up.
         ema_decay: decay of the moving average of the dense shadow weights; null for none.
@@ -56,6 +68,9 @@ class SparseDM(PruningModule):
         decay: float = 2e-4,
         noise_weight: float = 1.0,
         distill_weight: float = 0.1,
+        also: list[str] | None = None,
+        mask_scores: MaskScores = "magnitude",
+        freeze_masks_at: float | None = None,
         lr_schedule: LrSchedule = "constant",
         warmup_steps: int = 0,
         ema_decay: float | None = 0.999,
@@ -71,12 +86,20 @@ class SparseDM(PruningModule):
                 raise InputError(f"model.{name}: {weight} is negative")
         if noise_weight == distill_weight == 0:
             raise InputError("model.noise_weight and model.distill_weight are both 0: there is nothing to learn from")
+        if freeze_masks_at is not None and not 0 <= freeze_masks_at < 1:
+            raise InputError(f"model.freeze_masks_at: {freeze_masks_at} is not in [0, 1)")
         self.target_sparsity = Sparsity.parse(sparsity)
+        self.also = check_also([Sparsity.parse(pattern) for pattern in also or []], self.target_sparsity)
+        self.freeze_masks_at, self.mask_scores = freeze_masks_at, mask_scores
         self.decay, self.noise_weight, self.distill_weight = decay, noise_weight, distill_weight
         self._dense = Frozen(deepcopy(denoiser))
         exclude = denoiser.default_dense() if dense_layers is None else dense_layers
         self._units = select_units(denoiser.anatomy(), layers, exclude, self.target_sparsity.m)
         self.masks = MaskSet(denoiser.network, self._units, self._pattern)
+        if (scores := fixed_scores(mask_scores, self.masks.layers, self.seed)) is not None:
+            self.masks.set_scores(scores)
+        self._now: Sparsity | None = self._pattern
+        self._flips: dict[str, float] = {}
 
     @property
     def _pattern(self) -> Sparsity | None:
@@ -91,15 +114,57 @@ class SparseDM(PruningModule):
         if self.distill_weight > 0:
             with torch.no_grad():
                 teacher = self._dense.on(self.device)(x_t, t, cond)
+        if self.also and self.training:
+            return self._loss_of_several(x_t, t, cond, target, teacher, generator)
         student = self.denoise(x_t, t, cond)
         return sparsedm_loss(student, target, teacher, self.noise_weight, self.distill_weight)
+
+    def _loss_of_several(
+        self, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor, teacher: Tensor | None, generator: Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The dense path against target and teacher; the target's pattern and one further against the dense path."""
+        weights = self.noise_weight, self.distill_weight
+        self.masks.set_sparsity(None)
+        dense = self.denoise(x_t, t, cond)
+        total, values = sparsedm_loss(dense, target, teacher, *weights)
+        drawn = int(torch.randint(len(self.also), (1,), generator=generator, device=generator.device))
+        for pattern in (self.also[drawn], self._now):
+            self.masks.set_sparsity(pattern)
+            student = self.denoise(x_t, t, cond)
+            loss, parts = sparsedm_loss(student, target, dense.detach(), self.noise_weight, self.distill_weight or 1.0)
+            total = total + loss
+        return total / 3, {f"dense_{name}": value for name, value in values.items()} | parts
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Lightning calls this after unscaling and before clipping, so the term has the same strength under any
         # loss scale and is added once per optimizer step under gradient accumulation. An optimizer that unscales
         # inside its own step is refused at the start.
-        if self.decay > 0:
+        if self.masks.frozen:
+            self.masks.mask_gradients()
+        elif self.decay > 0:
             self.masks.add_decay(self.decay)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.freeze_masks_at is not None and not self.masks.frozen:
+            total = self.trainer.estimated_stepping_batches
+            if not math.isfinite(total):
+                raise InputError("model.freeze_masks_at needs trainer.max_steps or max_epochs")
+            if self.trainer.global_step >= int(self.freeze_masks_at * total):
+                self.masks.freeze()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self._flips:
+            self.log("flip_rate", sum(self._flips.values()) / len(self._flips))
+            self.log_dict({f"flip_rate/{name}": value for name, value in self._flips.items()})
+            self._flips = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.freeze_masks_at is not None:
+            checkpoint["frozen_masks"] = self.masks.frozen_masks()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "frozen_masks" in checkpoint:
+            self.masks.restore(checkpoint["frozen_masks"])
 
     def on_fit_start(self) -> None:
         fused = any(group.get("fused") for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
@@ -110,13 +175,45 @@ class SparseDM(PruningModule):
             )
 
     def weights_changed(self) -> None:
+        if self._is_logged_step():
+            self._flips = self.masks.flips()
         self.masks.refresh()
+
+    def _is_logged_step(self) -> bool:
+        trainer = self._trainer
+        if trainer is None or not trainer.training:
+            return False
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return trainer.global_step % every == 0
+
+    # Planned
+
+    def planned(self) -> Plan:
+        """Masks of the target on every chosen layer; a network on the meta device will do."""
+        patterns = {} if self._pattern is None else dict.fromkeys(self.masks.layers, self._pattern)
+        zeros = sum(self.masks.layers[name].weight.numel() * s.fraction for name, s in patterns.items())
+        return Plan(
+            axis="weights",
+            target=str(self.target_sparsity),
+            touched=tuple(self.masks.layers),
+            macs_kept=float(count_denoiser(self.denoiser).kept_share(patterns)),
+            parameters_kept=round(sum(p.numel() for p in self.denoiser.parameters()) - zeros),
+            holds_teacher=self.distill_weight > 0,
+        )
+
+    def shard(self, mesh: Any) -> None:
+        if self.freeze_masks_at is not None or self.mask_scores != "magnitude":
+            key = "mask_scores" if self.freeze_masks_at is None else "freeze_masks_at"
+            raise InputError(f"model.{key}: masks that do not follow the weights cannot be sharded; use DDP")
+        super().shard(mesh)
 
     # SparsityControl
 
-    def set_sparsity(self, sparsity: Sparsity | None) -> None:
-        """Change the pattern of every masked layer in place; None computes densely."""
+    def set_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
+        """Change the pattern of every masked layer, or by regular expressions over names, in place; None is dense."""
         self.masks.set_sparsity(sparsity)
+        if not isinstance(sparsity, Mapping):
+            self._now = sparsity
 
     def density_by_layer(self) -> Mapping[str, float]:
         return self.masks.density_by_layer()
@@ -126,12 +223,33 @@ class SparseDM(PruningModule):
 
     # Results
 
-    def variants(self) -> dict[str, Denoiser]:
+    def variants(self) -> dict[str, Variant]:
         """The dense start, the same under one-shot magnitude masks, and the result."""
         dense = self._dense.on(self.device)
         if self._pattern is None:
-            return {"dense": dense, "dense fine-tuned": self.whole_denoiser()}
+            return {"dense": Variant(dense), "dense fine-tuned": Variant(self.whole_denoiser())}
         one_shot = deepcopy(dense)
         MaskSet(one_shot.network, self._units, self.target_sparsity)
         target = str(self.target_sparsity)
-        return {"dense": dense, f"one-shot {target}": one_shot, f"sparsedm {target}": self.whole_denoiser()}
+        networks = {"dense": dense, f"one-shot {target}": one_shot}
+        whole = self.whole_denoiser()
+        networks |= {f"sparsedm at {name}": self._under(pattern, whole) for name, pattern in self._further()}
+        networks[f"sparsedm {target}"] = whole
+        return {name: Variant(network) for name, network in networks.items()}
+
+    def _further(self) -> list[tuple[str, Sparsity | None]]:
+        """Patterns besides the target that the weights were trained for, by name."""
+        return [("dense", None), *((str(pattern), pattern) for pattern in self.also)] if self.also else []
+
+    def _under(self, pattern: Sparsity | None, whole: Denoiser) -> Denoiser:
+        copy = deepcopy(whole)
+        MaskSet(copy.network, self._units, pattern)
+        return copy
+
+
+def check_also(also: Sequence[Sparsity], target: Sparsity) -> list[Sparsity]:
+    """`also`, if every pattern of it is denser than `target` and none is dense. Raises `InputError` otherwise."""
+    for pattern in also:
+        if pattern.is_dense or pattern.density <= target.density:
+            raise InputError(f"model.also: {pattern} does not lie between dense, which is always trained, and {target}")
+    return list(also)

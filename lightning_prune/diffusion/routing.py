@@ -1,0 +1,163 @@
+"""Which network at which step: one per stage of the trajectory, chosen by step index."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.diffusion.conditions import Condition
+from lightning_prune.diffusion.models.base import Denoiser
+from lightning_prune.protocols import InputError, WidthGroup
+
+
+def stage_of_step(lengths: Sequence[int], index: int, calls: int) -> int:
+    """Number of the stage that computes call `index` of `calls`.
+
+    Stages of `lengths` steps are stretched where a trajectory has another number of calls; a stage that becomes too
+    short for one is passed over.
+    """
+    if not 0 <= index < calls:
+        raise InputError(f"stages: call {index} of a trajectory of {calls}")
+    position = index * sum(lengths) // calls
+    for number, length in enumerate(lengths):
+        if position < length:
+            return number
+        position -= length
+    raise AssertionError("the position is within the sum of lengths")
+
+
+class StagedDenoiser(Denoiser):
+    """Slim networks for stages of the trajectory behind one signature.
+
+    Tensors that no stage cut are held once, because the networks share them.
+
+    Args:
+        dense: the denoiser that the stages were cut from; it lends its inputs and outputs, and is not kept.
+        networks: one network per stage, the noisiest first.
+        lengths: sampling steps of each stage.
+        facts: how the stages came about, for the manifest; plain JSON.
+    """
+
+    def __init__(
+        self,
+        dense: Denoiser,
+        networks: Sequence[nn.Module],
+        lengths: Sequence[int],
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        if len(networks) != len(lengths) or not lengths or min(lengths) < 1:
+            raise InputError(f"stages: {len(networks)} networks for stages of {list(lengths)} steps")
+        self.weights = dense.weights
+        self.sample_shape, self.num_classes = dense.sample_shape, dense.num_classes
+        self.lengths, self.facts = tuple(lengths), dict(facts or {})
+        self.network = nn.ModuleList(networks)
+        self._shells = tuple(_shell(dense, network) for network in networks)
+        self._family = type(dense)
+        self._stage = 0
+
+    @property
+    def family(self) -> type[Denoiser]:
+        """The family of the denoiser it was cut from."""
+        return self._family
+
+    @property
+    def steps(self) -> int:
+        """Sampling steps that the stages were made for."""
+        return sum(self.lengths)
+
+    @property
+    def stored(self) -> Any:
+        return self._shells[0].stored
+
+    def at_step(self, index: int, calls: int) -> None:
+        self._stage = stage_of_step(self.lengths, index, calls)
+
+    def phase(self, index: int, calls: int) -> Hashable:
+        return stage_of_step(self.lengths, index, calls)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        output: Tensor = self._shells[self._stage](x, t, cond)
+        return output
+
+    def null_condition(self, cond: Condition) -> Condition:
+        return self._shells[0].null_condition(cond)
+
+    def blank_condition(self, batch: int, device: torch.device | str) -> Condition:
+        return self._shells[0].blank_condition(batch, device)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        return self._shells[self._stage].guide(conditional, unconditional, scale)
+
+    def config(self) -> dict[str, Any]:
+        return self._shells[0].config()
+
+    def arguments(self) -> dict[str, Any]:
+        return self._shells[0].arguments()
+
+    def default_dense(self) -> Sequence[str]:
+        return self._shells[0].default_dense()
+
+    def groups(self) -> Sequence[WidthGroup]:
+        raise InputError("denoiser: its stages have been cut already; prune the dense network instead")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StagedDenoiser:
+        networks = [deepcopy(network, memo) for network in self.network]
+        other = StagedDenoiser(self._shells[0], networks, self.lengths, self.facts)
+        other._family, other._stage = self._family, self._stage
+        memo[id(self)] = other
+        return other.train(self.training)
+
+
+def _shell(dense: Denoiser, network: nn.Module) -> Denoiser:
+    """The denoiser around another network; both are kept out of the module tree of whoever holds the shell."""
+    shell = copy(dense)
+    # A shallow copy shares the table of submodules with its original.
+    shell._modules = {**dense._modules, "network": network}
+    return shell
+
+
+class PipelineRouter(nn.Module):
+    """A drop-in for `pipe.transformer` or `pipe.unet`: chooses the stage by the scheduler's timestep.
+
+    Args:
+        denoiser: the stages.
+        timesteps: the timestep of every step they were made for, falling; a call at a timestep between two of them
+            belongs to the earlier one.
+    """
+
+    def __init__(self, denoiser: StagedDenoiser, timesteps: Sequence[float]) -> None:
+        super().__init__()
+        if len(timesteps) != denoiser.steps:
+            raise InputError(f"stages: {len(timesteps)} timesteps for stages of {denoiser.steps} steps")
+        self.networks = denoiser.network
+        ends = [sum(denoiser.lengths[: i + 1]) for i in range(len(denoiser.lengths))]
+        self.last_timesteps = [float(timesteps[end - 1]) for end in ends]
+
+    @property
+    def config(self) -> Any:
+        return self.networks[0].config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def stage(self, timestep: float) -> int:
+        """Number of the stage at a timestep: the first that ends at it or at a cleaner one."""
+        for number, last in enumerate(self.last_timesteps):
+            if timestep >= last:
+                return number
+        return len(self.last_timesteps) - 1
+
+    def forward(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.networks[self.stage(float(torch.as_tensor(timestep).flatten()[0]))](
+            sample, timestep, *args, **kwargs
+        )

@@ -1,0 +1,170 @@
+"""Solvers behind one interface: diffusers' schedulers, and DDIM over any list of timesteps.
+
+diffusers' own DDIM steps by a fixed stride whatever its timesteps are, so it cannot run the timesteps that a schedule
+of gates keeps; ours goes from each timestep to the next in the list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from torch import Tensor
+
+from lightning_prune.diffusion.process import Process
+from lightning_prune.protocols import InputError
+
+SamplerName = Literal["ddim", "dpm-solver++", "euler", "plms", "flow-euler"]
+Spacing = Literal["trailing", "leading", "linspace"]
+
+_WORDS: dict[SamplerName, str] = {
+    "ddim": "DDIM eta=0",
+    "dpm-solver++": "DPM-Solver++(2M)",
+    "euler": "Euler",
+    "plms": "PLMS",
+    "flow-euler": "flow Euler",
+}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a trajectory is run.
+
+    Args:
+        name: the solver; "flow-euler" goes with the flow process, the others with all the rest.
+        steps: sampling steps; with `timesteps` their count.
+        guidance: classifier-free guidance scale; 1 is none.
+        timesteps: the timesteps to visit, falling; null spaces `steps` of them. DDIM, DPM-Solver++ and Euler only.
+        spacing: how `steps` timesteps are spaced, in diffusers' terms.
+
+    Raises:
+        InputError: no step, or timesteps that do not fall, are not `steps` many or that the solver cannot take.
+    """
+
+    name: SamplerName = "ddim"
+    steps: int = 20
+    guidance: float = 1.0
+    timesteps: tuple[int, ...] | None = None
+    spacing: Spacing = "trailing"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps: {self.steps} sampling steps; an image takes at least one")
+        if self.timesteps is None:
+            return
+        if self.name not in ("ddim", "dpm-solver++", "euler"):
+            raise InputError(f"timesteps: {self.name} takes no list of timesteps")
+        if len(self.timesteps) != self.steps:
+            raise InputError(f"timesteps: {len(self.timesteps)} are listed, but steps is {self.steps}")
+        if any(later >= earlier for earlier, later in zip(self.timesteps, self.timesteps[1:], strict=False)):
+            raise InputError("timesteps: they have to fall from each to the next")
+
+    def calls(self, process: Process) -> int:
+        """Network calls of a trajectory, a guided pair as one; PLMS makes one more than it has steps."""
+        return len(make_solver(self, process).timesteps)
+
+    def describe(self) -> str:
+        """The solver in a few words, for protocols."""
+        if self.timesteps is not None:
+            return f"{_WORDS[self.name]}, timesteps {' '.join(map(str, self.timesteps))}"
+        return _WORDS[self.name] if self.name == "flow-euler" else f"{_WORDS[self.name]}, {self.spacing}"
+
+
+class Solver(Protocol):
+    """What the sampling loop needs: diffusers' schedulers, narrowed."""
+
+    timesteps: Tensor
+    init_noise_sigma: float
+
+    def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor: ...
+
+    def step(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor: ...
+
+
+def make_solver(sampler: Sampler, process: Process) -> Solver:
+    """A fresh solver for one trajectory.
+
+    Raises:
+        InputError: a solver of the other kind of process, or more steps or later timesteps than the process has.
+    """
+    if (sampler.name == "flow-euler") != process.is_flow:
+        kind = "flow" if process.is_flow else "noise-schedule"
+        raise InputError(f"sampler: {sampler.name} cannot sample a {kind} process")
+    last = max(sampler.timesteps or (0,))
+    if sampler.steps > process.timesteps or last >= process.timesteps or min(sampler.timesteps or (0,)) < 0:
+        asked = f"timestep {last}" if sampler.timesteps else f"{sampler.steps} sampling steps"
+        raise InputError(f"steps: {asked}, but the process has {process.timesteps}")
+    return DDIM(sampler, process) if sampler.name == "ddim" else _Diffusers(sampler, process)
+
+
+class DDIM:
+    """Deterministic DDIM (Song et al. 2021, equation 12 with eta = 0) over any falling timesteps, ending at x_0."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, sampler: Sampler, process: Process) -> None:
+        listed = sampler.timesteps
+        self.process = process
+        self.timesteps = torch.tensor(listed) if listed else _spaced(sampler.steps, sampler.spacing, process.timesteps)
+        self._next = dict(zip(self.timesteps.tolist(), [*self.timesteps.tolist()[1:], None], strict=True))
+
+    def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """As it is: the process preserves variance."""
+        return x
+
+    def step(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """x at the next timestep [B, ...] from the prediction at `t` (a scalar)."""
+        x0, noise = self.process.x0_and_noise(output, x, t.view(1))
+        following = self._next[int(t)]
+        return x0 if following is None else self.process.add_noise(x0, noise, torch.tensor([following]))
+
+
+@lru_cache
+def _spaced(steps: int, spacing: Spacing, timesteps: int) -> Tensor:
+    offset = 1 if spacing == "leading" else 0
+    scheduler = DDIMScheduler(num_train_timesteps=timesteps, timestep_spacing=spacing, steps_offset=offset)
+    scheduler.set_timesteps(steps)
+    result: Tensor = scheduler.timesteps
+    return result.clamp(max=timesteps - 1)
+
+
+class _Diffusers:
+    """A stock scheduler of diffusers; clipping is the loop's."""
+
+    def __init__(self, sampler: Sampler, process: Process) -> None:
+        config = {key: value for key, value in process.scheduler_config.items() if key != "clip_sample"}
+        self.scheduler: Any = _stock(sampler, config)
+        listed = {"timesteps": list(sampler.timesteps)} if sampler.timesteps else {"num_inference_steps": sampler.steps}
+        self.scheduler.set_timesteps(**listed)
+        self.timesteps: Tensor = self.scheduler.timesteps
+        self.init_noise_sigma = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return x
+        scaled: Tensor = self.scheduler.scale_model_input(x, t)
+        return scaled
+
+    def step(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        following: Tensor = self.scheduler.step(output, t, x).prev_sample
+        return following
+
+
+def _stock(sampler: Sampler, config: dict[str, Any]) -> Any:
+    if sampler.name == "flow-euler":
+        return FlowMatchEulerDiscreteScheduler(**config)
+    spaced = config | {"timestep_spacing": sampler.spacing, "steps_offset": int(sampler.spacing == "leading")}
+    if sampler.name == "dpm-solver++":
+        return DPMSolverMultistepScheduler(**spaced)
+    if sampler.name == "euler":
+        return EulerDiscreteScheduler(**spaced)
+    return PNDMScheduler(**spaced, skip_prk_steps=True)

@@ -1,0 +1,135 @@
+"""A whole trajectory under gates, differentiable in the gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_prune.blocks import CacheMode
+from lightning_prune.diffusion.conditions import Condition
+from lightning_prune.diffusion.gated import Reuse
+from lightning_prune.diffusion.gating import Value, flatten, install, per_sample, sharing_copy, unflatten
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import guided, trajectory
+from lightning_prune.diffusion.solvers import Sampler
+
+
+class Unroll:
+    """Samples whose every step blends fresh and stored values by gates, in value what the schedule would give.
+
+    What the backward pass needs of a step is recomputed from the latent and the stored values it began with, so
+    memory grows with the number of steps by these alone.
+
+    Args:
+        denoiser: the frozen network; its weights are shared.
+        granularity: of the blocks.
+        mode: what skipped blocks reuse.
+        process: how predictions are read.
+        sampler: the trajectory.
+        checkpoint_steps: recompute steps in the backward pass instead of storing what they computed.
+        checkpoint_blocks: recompute blocks inside a step, too.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        granularity: str,
+        mode: CacheMode,
+        process: Process,
+        sampler: Sampler,
+        checkpoint_steps: bool = True,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        self.graph = denoiser.blocks(granularity).in_mode(mode)
+        self.denoiser = sharing_copy(denoiser).eval()
+        self.gating = install(self.denoiser.network, self.graph, mode)
+        self.gating.checkpoint = checkpoint_blocks
+        self.process, self.sampler, self.checkpoint_steps = process, sampler, checkpoint_steps
+        self.reuse = None if mode == "residual" else Reuse(process)
+        self._outputs = [self.graph.names.index(name) for name in self.graph.outputs]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unroll:
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Network calls of a trajectory."""
+        return self.sampler.calls(self.process)
+
+    def __call__(self, noise: Tensor, cond: Condition, run: Tensor) -> Tensor:
+        """Samples of the shape of `noise` [B, ...].
+
+        Args:
+            noise: starting noise.
+            cond: condition of the batch.
+            run: which blocks run, [T, N] or [T, B, N], closed; the first step runs in full whatever its row says.
+        """
+        weight = next(self.denoiser.parameters())
+        state: Any = ([None] * len(self.graph), None)
+        index = -1
+
+        def enter(step: int) -> None:
+            nonlocal index
+            index = step
+
+        def predict(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            nonlocal state
+            prediction, state = self._step(x.to(weight.dtype), t, cond, run[index], state)
+            return prediction.to(x.dtype)
+
+        family = self.denoiser
+        both = guided(predict, family.null_condition, self.sampler.guidance, family.guide)
+        return trajectory(both, self.process, noise, cond, self.sampler, enter)
+
+    def _step(self, x: Tensor, t: Tensor, cond: Condition, row: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One network call; `state` is what blocks stored and what a wholly skipped step would reuse."""
+        tensors: list[Tensor] = []
+        spec = flatten(state, tensors)
+        after: Any = None
+
+        def call(x: Tensor, t: Tensor, row: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            nonlocal after
+            prediction, following = self._blended(x, t, cond, row, unflatten(spec, tensors))
+            found = [prediction]
+            after = flatten(following, found)
+            return tuple(found)
+
+        if self.checkpoint_steps and torch.is_grad_enabled():
+            found = checkpoint(call, x, t, row, *tensors, use_reentrant=False, preserve_rng_state=False)
+        else:
+            found = call(x, t, row, *tensors)
+        return found[0], unflatten(after, found)
+
+    def _blended(self, x: Tensor, t: Tensor, cond: Condition, row: Tensor, state: Any) -> tuple[Tensor, Any]:
+        slots, memory = state
+        first = all(slot is None for slot in slots)
+        keep: Any = self.graph.full() if first else self._inside(row)
+        prediction, following = self.gating.step(lambda: self.denoiser(x, t, cond), keep, list(slots))
+        if self.reuse is None:
+            return prediction, (following, None)
+        fresh = self.reuse.remember(prediction, x, t)
+        if first:
+            return prediction, (following, fresh)
+        runs = per_sample(row[..., self._outputs].amax(dim=-1), x)
+        kept = tuple(runs * new + (1 - runs) * old for new, old in zip(fresh, memory, strict=True))
+        reused = self.reuse.predict(memory, t)
+        return runs * prediction + (1 - runs) * reused, (following, kept)
+
+    def _inside(self, row: Tensor) -> Tensor:
+        """Gates inside the network. That of the last block acts on the prediction instead, and counts once."""
+        if self.reuse is None:
+            return row
+        last = torch.zeros_like(row)
+        last[..., self._outputs] = 1
+        return row * (1 - last) + row.detach() * last
+
+
+def stored_bytes(slots: list[Value]) -> int:
+    """Bytes of the distinct tensors in stored values."""
+    tensors: list[Tensor] = []
+    flatten(slots, tensors)
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,138 @@
+"""`gates.json`: a schedule of gates as a file, and what it belongs to.
+
+A schedule is found for one network, scheduler, number of network calls and kind of guidance, and says so by a
+fingerprint. Elsewhere it is refused, or remapped to another number of steps when asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_prune.blocks import GateSchedule
+from lightning_prune.diffusion.gated import gated
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.protocols import InputError
+
+GATES = "gates.json"
+SCHEMA = 1
+_KEYS = (
+    "schema", "fingerprint", "scheduler", "num_inference_steps", "guidance", "granularity", "cache_mode", "blocks",
+    "gates", "budget", "macs_kept",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GateFile:
+    """The content of `gates.json`.
+
+    Attributes:
+        schedule: the gates.
+        fingerprint: what they were found for; see `fingerprint`.
+        scheduler: its solver and the process' scheduler configuration.
+        guidance: guidance scale.
+        budget: fraction of MACs aimed at.
+        macs_kept: fractions of MACs realised, by convention.
+    """
+
+    schedule: GateSchedule
+    fingerprint: str
+    scheduler: Mapping[str, Any]
+    guidance: float
+    budget: float
+    macs_kept: Mapping[str, float]
+
+    def text(self) -> str:
+        """As JSON, a row of gates a line."""
+        content = {
+            "schema": SCHEMA,
+            "fingerprint": self.fingerprint,
+            "scheduler": dict(self.scheduler),
+            "num_inference_steps": self.schedule.steps,
+            "guidance": self.guidance,
+            "granularity": self.schedule.granularity,
+            "cache_mode": self.schedule.cache_mode,
+            "blocks": list(self.schedule.blocks),
+            "budget": self.budget,
+            "macs_kept": dict(self.macs_kept),
+        }
+        rows = ",\n    ".join(json.dumps([int(runs) for runs in row]) for row in self.schedule.rows)
+        return json.dumps(content, indent=2)[:-2] + f',\n  "gates": [\n    {rows}\n  ]\n}}\n'
+
+
+def read_gates(file: Path) -> GateFile:
+    """Read `gates.json`.
+
+    Raises:
+        InputError: a missing or damaged file, one of a newer schema, or gates that are no schedule.
+    """
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+        schema = int(content["schema"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: missing or damaged") from error
+    if schema > SCHEMA:
+        raise InputError(f"{file}: schema {schema} is newer than this version reads ({SCHEMA}); update lightning_prune")
+    if missing := [key for key in _KEYS if key not in content]:
+        raise InputError(f"{file}: {missing[0]} is missing")
+    rows = tuple(tuple(bool(gate) for gate in row) for row in content["gates"])
+    if len(rows) != content["num_inference_steps"]:
+        raise InputError(f"{file}: {len(rows)} rows of gates for {content['num_inference_steps']} steps")
+    try:
+        schedule = GateSchedule(content["granularity"], content["cache_mode"], tuple(content["blocks"]), rows)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    names = ("fingerprint", "scheduler", "guidance", "budget", "macs_kept")
+    return GateFile(schedule, *(content[name] for name in names))
+
+
+def solver_config(sampler: Sampler, process: Process) -> dict[str, Any]:
+    """Solver and noise schedule, as `gates.json` records them."""
+    return {"solver": sampler.describe(), **process.scheduler_config}
+
+
+def fingerprint(denoiser: Denoiser, scheduler: Mapping[str, Any], calls: int, guidance: float) -> str:
+    """SHA-256 of the network's configuration and weights, the scheduler, the calls, and whether there is guidance."""
+    digest = hashlib.sha256()
+    facts = [denoiser.network_class.__name__, denoiser.config(), dict(scheduler), calls, guidance != 1.0]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(denoiser.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def apply_gates(
+    denoiser: Denoiser, file: Path, process: Process, sampler: Sampler | None = None, remap: bool = False
+) -> Denoiser:
+    """The denoiser under the schedule of a file, beside the untouched one.
+
+    Args:
+        denoiser: the network the schedule was found for.
+        file: `gates.json`.
+        process: how predictions are read.
+        sampler: the sampler it is to run with; null is the schedule's own.
+        remap: stretch the schedule to another sampler or number of steps instead of refusing it.
+
+    Raises:
+        InputError: a damaged file, or a schedule for another network, scheduler, number of steps or guidance.
+    """
+    found = read_gates(file)
+    scheduler = found.scheduler if sampler is None else solver_config(sampler, process)
+    calls = found.schedule.steps if sampler is None else sampler.calls(process)
+    guidance = found.guidance if sampler is None else sampler.guidance
+    if remap:
+        return gated(denoiser, found.schedule.remapped(calls), process)
+    if dict(scheduler) != dict(found.scheduler):
+        raise InputError(f"{file}: the schedule is for {found.scheduler.get('solver')}, not {scheduler.get('solver')}")
+    if calls != found.schedule.steps:
+        raise InputError(f"{file}: the schedule is for {found.schedule.steps} network calls, not {calls}")
+    if fingerprint(denoiser, scheduler, calls, guidance) != found.fingerprint:
+        raise InputError(f"{file}: the schedule is for other weights, another process or another kind of guidance")
+    return gated(denoiser, found.schedule, process)

@@ -1,0 +1,117 @@
+"""A schedule of gates in a stock diffusers pipeline, put in and taken out again."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.blocks import GateSchedule
+from lightning_prune.diffusion.gating import Gating, Value, install, remove
+from lightning_prune.diffusion.models import families
+from lightning_prune.export.gates import read_gates
+from lightning_prune.protocols import InputError
+
+_COMPONENTS = ("transformer", "unet")
+
+
+class GatedPipelineNetwork(nn.Module):
+    """The class of a pipeline's network has this in front of its own while it runs a schedule.
+
+    Steps are counted, not looked up by timestep: solvers may visit one twice. A trajectory ends with its last call,
+    so one that is broken off needs `enable_gates` again.
+    """
+
+    _schedule: GateSchedule
+    _gating: Gating
+    _scheduler: Any
+    _calls_a_step: int
+    _count: int
+    _slots: dict[int, list[Value]]
+    _last: dict[int, Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        step, turn = divmod(self._count, self._calls_a_step)
+        if self._count == 0:
+            self._check_steps()
+            self._slots, self._last = {}, {}
+        self._count = (self._count + 1) % (self._calls_a_step * self._schedule.steps)
+        row = self._schedule.rows[step]
+        if self._schedule.cache_mode == "output" and not any(row):
+            return self._last[turn]
+        slots = self._slots.get(turn, [None] * len(row))
+        plain = super().forward
+        output, self._slots[turn] = self._gating.step(lambda: plain(*args, **kwargs), row, slots)
+        self._last[turn] = output
+        return output
+
+    def _check_steps(self) -> None:
+        calls = len(self._scheduler.timesteps)
+        if calls != self._schedule.steps:
+            raise InputError(
+                f"num_inference_steps: the schedule of gates is for {self._schedule.steps} network calls, not {calls}"
+            )
+
+
+def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_to: int | None = None) -> None:
+    """Run a pipeline's network under the schedule of a `gates.json` until `disable_gates`.
+
+    A step skipped as a whole repeats the last prediction.
+
+    Args:
+        pipeline: a diffusers pipeline with a `transformer` or `unet` of a family known here.
+        file: the schedule.
+        calls_a_step: network calls a step: 1, or 2 where guidance calls twice instead of doubling the batch.
+        remap_to: stretch the schedule to this number of network calls.
+
+    Raises:
+        InputError: no such network, a schedule for other blocks or another noise schedule; when run, another number of
+            steps.
+    """
+    found, network = read_gates(Path(file)), _network(pipeline)
+    for key in ("prediction_type", "beta_schedule"):
+        theirs = pipeline.scheduler.config.get(key)
+        if key in found.scheduler and theirs != found.scheduler[key]:
+            raise InputError(f"{file}: found for {key} {found.scheduler[key]}, the pipeline's scheduler has {theirs}")
+    schedule = found.schedule if remap_to is None else found.schedule.remapped(remap_to)
+    graph = _family(network).blocks(_Seen(network), schedule.granularity)
+    if graph.names != schedule.blocks:
+        raise InputError(f"{file}: its blocks {' '.join(schedule.blocks)} are not the network's")
+    disable_gates(pipeline)
+    network._gating = install(network, graph, schedule.cache_mode)
+    network._schedule, network._scheduler, network._calls_a_step = schedule, pipeline.scheduler, calls_a_step
+    network._count, network._slots, network._last = 0, {}, {}
+    network.__class__ = type(f"Gated{type(network).__name__}", (GatedPipelineNetwork, type(network)), {})
+
+
+def disable_gates(pipeline: Any) -> None:
+    """Take the gates out; the pipeline gives what it gave before, bit for bit."""
+    network = _network(pipeline)
+    remove(network)
+    if isinstance(network, GatedPipelineNetwork):
+        network.__class__ = type(network).__bases__[1]
+        for name in inspect.get_annotations(GatedPipelineNetwork):
+            delattr(network, name)
+
+
+class _Seen:
+    """As much of a denoiser as describing its blocks takes: a network that is there already."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.stored = network, network.config
+
+
+def _network(pipeline: Any) -> Any:
+    for name in _COMPONENTS:
+        if getattr(pipeline, name, None) is not None:
+            return getattr(pipeline, name)
+    raise InputError(f"{type(pipeline).__name__}: has neither of {', '.join(_COMPONENTS)}")
+
+
+def _family(network: Any) -> Any:
+    known = {cls.__name__ for cls in type(network).__mro__} & families().keys()
+    if not known:
+        raise InputError(f"{type(network).__name__}: no backbone is known for it")
+    return families()[known.pop()]

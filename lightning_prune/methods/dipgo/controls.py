@@ -1,0 +1,131 @@
+"""What a schedule is compared with, at no more than its budget: plain samplers with fewer steps, and rules."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lightning_prune.blocks import BlockCosts, BlockGraph, CacheMode, GateSchedule, Row
+from lightning_prune.diffusion.gated import gated
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.solvers import Sampler, make_solver
+from lightning_prune.diffusion.variants import Variant
+from lightning_prune.protocols import InputError
+from lightning_prune.pruning.budget import solve
+
+Control = Literal["fewer-steps", "kept-steps", "dpm-solver++", "whole-steps", "uniform-reuse", "random-gates"]
+
+
+@dataclass(frozen=True)
+class GateProblem:
+    """What a search is over: a network's blocks under a cache mode, their costs, a process and a sampler."""
+
+    graph: BlockGraph
+    mode: CacheMode
+    costs: BlockCosts
+    process: Process
+    sampler: Sampler
+
+    @property
+    def steps(self) -> int:
+        """Network calls of a trajectory."""
+        return self.sampler.calls(self.process)
+
+    def schedule(self, rows: Sequence[Row]) -> GateSchedule:
+        return GateSchedule(self.graph.granularity, self.mode, self.graph.names, tuple(rows))
+
+    def affordable_steps(self, budget: float) -> int:
+        """How many dense steps cost at most a budget; at least one."""
+        return max(1, int(budget * self.steps + 1e-9))
+
+
+def control(
+    name: Control, denoiser: Denoiser, problem: GateProblem, budget: float, learned: GateSchedule, seed: int = 0
+) -> tuple[str, Variant]:
+    """A row to report beside a schedule: its name, and what draws it.
+
+    * fewer-steps: the same sampler with as many steps as the budget pays for.
+    * kept-steps: the same sampler on the timesteps of the steps that the schedule keeps most of.
+    * dpm-solver++: DPM-Solver++ with as many steps as the budget pays for.
+    * whole-steps, uniform-reuse, random-gates: schedules of a rule, see `rule`.
+    """
+    count = problem.affordable_steps(budget)
+    label = f"{count} step" if count == 1 else f"{count} steps"
+    if name == "fewer-steps":
+        sampler = replace(problem.sampler, steps=count, timesteps=None)
+        return f"{problem.sampler.name} {label}", Variant(denoiser, sampler)
+    if name == "kept-steps":
+        return f"{problem.sampler.name} {label} kept", Variant(denoiser, kept_steps(problem, learned, count))
+    if name == "dpm-solver++":
+        sampler = Sampler("dpm-solver++", count, problem.sampler.guidance)
+        return f"dpm-solver++ {label}", Variant(denoiser, sampler)
+    found = rule(name, problem, budget, seed)
+    return f"{name} {budget:g}", Variant(gated(denoiser, found, problem.process))
+
+
+def kept_steps(problem: GateProblem, schedule: GateSchedule, count: int) -> Sampler:
+    """The sampler on the `count` steps that a schedule keeps most MACs of, the first among them."""
+    visited = make_solver(problem.sampler, problem.process).timesteps.tolist()
+    weight = [problem.costs.step(row) for row in schedule.rows]
+    best = sorted(range(1, len(visited)), key=lambda step: (-weight[step], step))[: count - 1]
+    chosen = sorted({0, *best})
+    return replace(problem.sampler, steps=len(chosen), timesteps=tuple(int(visited[step]) for step in chosen))
+
+
+def rule(name: Control, problem: GateProblem, budget: float, seed: int = 0) -> GateSchedule:
+    """A schedule that no search found.
+
+    * whole-steps: full steps at equal distances; the others run no block.
+    * uniform-reuse: every second step at most in full, the others the blocks around the output, as many as the budget
+      pays for: DeepCache (Ma et al. 2024) on U-Nets.
+    * random-gates: the solver with random scores.
+
+    Raises:
+        InputError: a budget that does not pay for two steps, or for the blocks nearest to the output.
+    """
+    if name == "random-gates":
+        draw = random.Random(seed)
+        scores = [[draw.random() for _ in problem.graph.names] for _ in range(problem.steps)]
+        return problem.schedule(solve(scores, problem.graph, problem.costs, budget))
+    if name == "whole-steps":
+        rows = _interleaved(problem, (False,) * len(problem.graph), budget)
+    else:
+        rows = _shallow_reuse(problem, budget)
+    if rows is None:
+        raise InputError(f"budget: {budget:g} is out of reach of {name}")
+    return problem.schedule(rows)
+
+
+def _shallow_reuse(problem: GateProblem, budget: float) -> list[Row] | None:
+    """The deepest steps of reuse with which the budget still pays for a full step in every five, else the shallowest.
+
+    An interval of five is where DeepCache's authors still report little loss.
+    """
+    found = [_interleaved(problem, shallow(problem.graph, depth), budget) for depth in range(1, len(problem.graph))]
+    possible = [rows for rows in found if rows is not None]
+    frequent = [rows for rows in possible if 5 * sum(map(all, rows)) >= len(rows)]
+    return frequent[-1] if frequent else possible[0] if possible else None
+
+
+def shallow(graph: BlockGraph, depth: int) -> Row:
+    """The `depth` blocks that run last, and those they read which depend on no other block."""
+    inside = set(graph.names[len(graph) - depth :])
+    read = {name for block in graph.blocks if block.name in inside for name in block.producers}
+    for block in graph.blocks:
+        if block.name in read and inside.issuperset(block.producers):
+            inside.add(block.name)
+    return graph.running([name in inside for name in graph.names])
+
+
+def _interleaved(problem: GateProblem, shallow: Row, budget: float) -> list[Row] | None:
+    """As many full steps as the budget pays for at equal distances, `shallow` ones between them."""
+    steps, total = problem.steps, budget * problem.costs.dense * problem.steps * (1 + 1e-12)
+    cheap = problem.costs.step(shallow)
+    count = int((total - steps * cheap) // max(1, problem.costs.dense - cheap)) if cheap < problem.costs.dense else 0
+    if count < 1:
+        return None
+    full = {round(i * steps / min(count, steps)) for i in range(min(count, steps))}
+    return [problem.graph.full() if step in full else shallow for step in range(steps)]

@@ -1,0 +1,323 @@
+"""DiP-GO as a LightningModule: plumbing between scores, gates, unrolled trajectories and schedules."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from lightning_prune.blocks import BlockCosts, CacheMode, GateSchedule
+from lightning_prune.diffusion.conditions import Condition
+from lightning_prune.diffusion.gated import gated
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import OnStep, initial_noise, sample_images
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.diffusion.unroll import Unroll
+from lightning_prune.diffusion.variants import Variant
+from lightning_prune.export.gates import GATES, GateFile, fingerprint, solver_config
+from lightning_prune.methods.dipgo.consistency import ConsistencyLoss, consistency
+from lightning_prune.methods.dipgo.controls import Control, GateProblem, control
+from lightning_prune.methods.dipgo.gate_sampling import DrawnGates, budgeted_gates, published_gates
+from lightning_prune.methods.dipgo.pruner import Encoder, QueryPruner, ScoreTable
+from lightning_prune.methods.dipgo.teacher import Teacher
+from lightning_prune.metrics.block_costs import traced_costs
+from lightning_prune.module import Batch, LrSchedule, PruningModule
+from lightning_prune.protocols import InputError
+from lightning_prune.pruning.budget import bisect_threshold, greedy_cascades, nested, solve
+from lightning_prune.seeds import derive
+
+_NOISE_STREAM = 7  # training noise is never that of an evaluation
+_CONTROLS: tuple[Control, ...] = ("fewer-steps", "kept-steps", "dpm-solver++", "uniform-reuse", "random-gates")
+
+
+class DiPGO(PruningModule):
+    """Learn which blocks to run at which sampling step, by gradients through whole trajectories.
+
+    Only the gates' scores train, in float32; the denoiser is frozen. An optimizer step is one unrolled trajectory of
+    a batch, whose samples are compared with the dense network's from the same noise.
+
+    Args:
+        denoiser: the pretrained network.
+        process: its forward process.
+        sampler: the trajectory that gates are for; at least two network calls.
+        optimizer: callable that makes the optimizer from the pruner's parameters.
+        granularity: what a gate is for: "coarse" or "fine" parts of a U-Net, "block" or "half" of a transformer.
+        cache_mode: what a skipped block gives: its last "output", or its input and the "residual" it last added.
+        budget: fraction of the dense trajectory's MACs that the result may keep.
+        further_budgets: budgets of further schedules from the same search, nested with the first.
+        preset: "budgeted" draws gates at a budget, "paper" shuts them by the published sparsity loss.
+        budget_range: budgets that training draws from; null goes from two thirds of the smallest to 1.2 of the
+            largest.
+        temperature: of the gates that "budgeted" draws; lower is closer to hard thresholds.
+        loss: consistency of samples: "mse", "l1", "ssim" or "ssim+l1", on what the sampler gives.
+        collapse_weight: weight of the expected share of steps skipped as a whole.
+        whole_steps: whether the result may skip whole steps.
+        cost_weight: weight alpha of the published sparsity loss; "paper" only.
+        cost_floor: kept fraction of MACs below which that loss is left out; "paper" only.
+        cascades: whether a block's weight in that loss holds what it drags along.
+        pruner: "table" is a free score a gate, "queries" the published network.
+        encoder: of the published network.
+        selection: from scores to a schedule: "exact", or the published "bisection" or "greedy".
+        noises: how many different starting noises training sees; null gives every sample its own.
+        compare: rows to report beside the result, see `controls.control`.
+        checkpoint_blocks: recompute blocks inside recomputed steps, too.
+        lr_schedule: shape of the learning rate after the warm-up.
+        warmup_steps: steps of linear warm-up.
+        seed: seed of noise and gates; null takes that of `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        process: Process,
+        sampler: Sampler,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        granularity: str = "block",
+        cache_mode: CacheMode = "residual",
+        budget: float = 0.5,
+        further_budgets: list[float] | None = None,
+        preset: Literal["budgeted", "paper"] = "budgeted",
+        budget_range: tuple[float, float] | None = None,
+        temperature: float = 1.0,
+        loss: ConsistencyLoss = "mse",
+        collapse_weight: float = 0.0,
+        whole_steps: bool = True,
+        cost_weight: float = 1.0,
+        cost_floor: float = 0.2,
+        cascades: bool = True,
+        pruner: Literal["table", "queries"] = "table",
+        encoder: Encoder = "self",
+        selection: Literal["exact", "bisection", "greedy"] = "exact",
+        noises: int | None = None,
+        compare: list[Control] | None = None,
+        checkpoint_blocks: bool = False,
+        lr_schedule: LrSchedule = "constant",
+        warmup_steps: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(denoiser, process, optimizer, lr_schedule, warmup_steps, ema_decay=None, seed=seed)
+        self.denoiser.requires_grad_(False).eval()
+        # It stays in evaluation mode, which is what Lightning warns of.
+        warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training")
+        self.budget, self.further_budgets = budget, sorted(further_budgets or [], reverse=True)
+        self.preset, self.consistency_loss = preset, loss
+        self.temperature, self.collapse_weight, self.whole_steps = temperature, collapse_weight, whole_steps
+        self.cost_weight, self.cost_floor, self.cascades = cost_weight, cost_floor, cascades
+        self.selection, self.noises = selection, noises
+        self.compare = list(_CONTROLS) if compare is None else compare
+        _check(sampler, process, self.budgets, temperature, collapse_weight, noises)
+        self.budget_range = budget_range or (min(self.budgets) * 2 / 3, min(1.0, max(self.budgets) * 1.2))
+        graph = denoiser.blocks(granularity).in_mode(cache_mode)
+        costs = traced_costs(denoiser, granularity, cache_mode)
+        self.problem = GateProblem(graph, cache_mode, costs, process, sampler)
+        self.unroll = Unroll(denoiser, granularity, cache_mode, process, sampler, checkpoint_blocks=checkpoint_blocks)
+        solve([[0.0] * len(graph)] * self.problem.steps, graph, costs, min(self.budgets), whole_steps=whole_steps)
+        shape = (self.problem.steps, len(graph))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.seed, 3))
+            self.pruner = ScoreTable(*shape) if pruner == "table" else QueryPruner(*shape, encoder=encoder)
+        self.teacher = Teacher(lambda ids, cond: self._dense_images(ids, cond))
+
+    @property
+    def costs(self) -> BlockCosts:
+        """MACs of one network call by block."""
+        return self.problem.costs
+
+    @property
+    def budgets(self) -> list[float]:
+        """All budgets, falling; the result's own is `budget`."""
+        return sorted({self.budget, *self.further_budgets}, reverse=True)
+
+    # Training
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        ids, cond = batch["id"], batch["cond"]
+        noise_ids = ids if self.noises is None else ids % self.noises
+        noise = initial_noise(noise_ids, self.denoiser.sample_shape, self._noise_seed).to(self.device)
+        drawn = self._gates(ids) if self.training else None
+        run = self._chosen() if drawn is None else drawn.run
+        dense = self.teacher.images(noise_ids, ids, cond)
+        kept = consistency(self.unroll(noise, cond, run), dense, self.consistency_loss)
+        if drawn is None:
+            return kept, {}
+        values = {"consistency": kept.detach(), "kept": drawn.cost.detach(), "skipped_steps": drawn.skipped_steps}
+        return kept + self._penalty(drawn), {key: value.detach() for key, value in values.items()}
+
+    def _gates(self, ids: Tensor) -> DrawnGates:
+        graph, costs = self.problem.graph, self.problem.costs
+        with torch.autocast(self.device.type, enabled=False):
+            if self.preset == "paper":
+                # Dropout in the encoder; the same on every process.
+                torch.manual_seed(derive(self.seed, 5, self._index))
+                return published_gates(self.pruner(), graph, costs, self.cascades)
+            draws = torch.stack([self._uniforms(int(i)) for i in ids.tolist()]).to(self.device)
+            low, high = self.budget_range
+            budgets = low + (high - low) * draws[:, 0]
+            uniforms = draws[:, 1:].view(len(ids), *self._shape)
+            return budgeted_gates(self.pruner(), budgets, uniforms, graph, costs, self.temperature)
+
+    def _penalty(self, drawn: DrawnGates) -> Tensor:
+        penalty = self.collapse_weight * drawn.skipped_steps
+        if self.preset == "paper":
+            hard = drawn.run.detach()
+            shares = hard.new_tensor(self.problem.costs.blocks) / self.problem.costs.dense
+            if float((hard * shares).sum() / len(hard)) >= self.cost_floor:
+                penalty = penalty + self.cost_weight * drawn.cost
+        return penalty
+
+    def _uniforms(self, sample: int) -> Tensor:
+        """Random numbers of a sample at this step: of its budget and of its gates, whichever process it is on."""
+        generator = torch.Generator().manual_seed(derive(self.seed, 4, self._index, sample))
+        count = 1 + self._shape[0] * self._shape[1]
+        return torch.rand(count, generator=generator, dtype=torch.float32)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.problem.steps, len(self.problem.graph)
+
+    @property
+    def _index(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx
+
+    @property
+    def _noise_seed(self) -> int:
+        return derive(self.seed, _NOISE_STREAM)
+
+    def _chosen(self) -> Tensor:
+        """The result's gates as they stand, [T, N]."""
+        return torch.tensor(self.schedules()[f"{self.budget:g}"].rows, dtype=torch.float32, device=self.device)
+
+    def _dense_images(self, noise_ids: Tensor, cond: Condition) -> Tensor:
+        return sample_images(self.denoiser, self.process, noise_ids, cond, self.problem.sampler, self._noise_seed)
+
+    def train(self, mode: bool = True) -> DiPGO:
+        """The denoiser stays in evaluation mode."""
+        super().train(mode)
+        self.denoiser.eval()
+        return self
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        # A trainer of half precision has converted everything by now; steps of 1e-4 around 1 would round to nothing.
+        self.pruner.float()
+        return super().configure_optimizers()
+
+    def on_fit_start(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            settings = getattr(callback, "settings", callback)
+            drawn = getattr(settings, "sampler", self.problem.sampler)
+            if drawn != self.problem.sampler:
+                raise InputError(
+                    f"trainer.callbacks: {type(callback).__name__} draws by {_words(drawn)}, "
+                    f"but model.sampler is {_words(self.problem.sampler)}"
+                )
+
+    # The checkpoint holds the pruner and the teacher's images; the frozen network is where it came from.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The pruner's tensors."""
+        whole: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in whole.items() if not name.startswith("denoiser.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Restore the pruner."""
+        return super().load_state_dict({**super().state_dict(), **state_dict}, strict, assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["teacher"] = self.teacher.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.teacher.restore(checkpoint.get("teacher", {}))
+
+    # Results
+
+    def schedules(self) -> dict[str, GateSchedule]:
+        """The schedule of every budget as scores stand now, by budget; the result is last."""
+        with torch.no_grad():
+            scores = self.pruner.eval()().float().cpu()
+        self.pruner.train(self.training)
+        found = {f"{budget:g}": self.problem.schedule(rows) for budget, rows in self._select(scores).items()}
+        result = found.pop(f"{self.budget:g}")
+        return {**found, f"{self.budget:g}": result}
+
+    def _select(self, scores: Tensor) -> dict[float, Any]:
+        graph, costs = self.problem.graph, self.problem.costs
+        if self.selection == "bisection":
+            keep = torch.sigmoid(scores).tolist()
+            return {budget: bisect_threshold(keep, graph, costs, budget) for budget in self.budgets}
+        if self.selection == "greedy":
+            found = {b: greedy_cascades(torch.sigmoid(-scores).tolist(), graph, costs, 1 - b) for b in self.budgets}
+            # The published rule stops just above the budget.
+            return {b: solve(scores.tolist(), graph, costs, b, within=rows) for b, rows in found.items()}
+        return nested(scores.tolist(), graph, costs, self.budgets, self.whole_steps)
+
+    def variants(self) -> dict[str, Variant]:
+        """The dense network, then for every budget what its schedule is compared with, and the schedule."""
+        rows = {"dense": Variant(self.denoiser)}
+        for budget, schedule in self.schedules().items():
+            for name in self.compare:
+                row, variant = control(name, self.denoiser, self.problem, float(budget), schedule, self.seed)
+                rows[row] = variant
+            rows[self.result_name(budget)] = Variant(gated(self.denoiser, schedule, self.process))
+        return rows
+
+    def result_name(self, budget: str) -> str:
+        """Name of the row of a budget's schedule."""
+        return f"dipgo {budget}"
+
+    def sample_images(
+        self, ids: Tensor, cond: Condition, sampler: Sampler, seed: int = 0, on_step: OnStep | None = None
+    ) -> Tensor:
+        """Images of the result as it stands, drawn with the sampler it is for."""
+        result = gated(self.denoiser, self.schedules()[f"{self.budget:g}"], self.process)
+        return sample_images(result, self.process, ids, cond, self.problem.sampler, seed, on_step)
+
+    def kept_fraction(self) -> dict[str, float]:
+        """Share of the dense trajectory's MACs that the result keeps, by convention."""
+        rows = self.schedules()[f"{self.budget:g}"].rows
+        return {"aten": self.problem.costs.kept(rows)}
+
+    def artifact_files(self) -> dict[str, str]:
+        """`gates.json` of the result."""
+        schedule, sampler = self.schedules()[f"{self.budget:g}"], self.problem.sampler
+        scheduler = solver_config(sampler, self.process)
+        module = traced_costs(self.denoiser, schedule.granularity, schedule.cache_mode, "module")
+        file = GateFile(
+            schedule=schedule,
+            fingerprint=fingerprint(self.denoiser, scheduler, schedule.steps, sampler.guidance),
+            scheduler=scheduler,
+            guidance=sampler.guidance,
+            budget=self.budget,
+            macs_kept={"aten": self.problem.costs.kept(schedule.rows), "module": module.kept(schedule.rows)},
+        )
+        return {GATES: file.text()}
+
+
+def _words(sampler: Sampler) -> str:
+    return f"{sampler.describe()}, {sampler.steps} steps, guidance {sampler.guidance:g}"
+
+
+def _check(
+    sampler: Sampler,
+    process: Process,
+    budgets: list[float],
+    temperature: float,
+    collapse_weight: float,
+    noises: int | None,
+) -> None:
+    if sampler.calls(process) < 2:
+        raise InputError("model.sampler.steps: 1 step leaves nothing to reuse; at least 2 are needed")
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise InputError(f"model.budget: {budget:g} is not in (0, 1]")
+    if temperature <= 0:
+        raise InputError(f"model.temperature: {temperature:g} is not positive")
+    if collapse_weight < 0:
+        raise InputError(f"model.collapse_weight: {collapse_weight:g} is negative")
+    if noises is not None and noises < 1:
+        raise InputError(f"model.noises: {noises} is not positive")

@@ -1,0 +1,163 @@
+"""Schedules without gradients: rules, and searches that only draw samples. The baselines of `DiPGO`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prune.blocks import CacheMode, GateSchedule
+from lightning_prune.diffusion.gated import gated
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.methods.dipgo.consistency import ConsistencyLoss, consistency
+from lightning_prune.methods.dipgo.controls import Control, GateProblem, rule
+from lightning_prune.methods.dipgo.module import DiPGO
+from lightning_prune.module import Batch
+from lightning_prune.protocols import InputError
+from lightning_prune.pruning.budget import solve
+from lightning_prune.seeds import derive
+
+Scores = list[list[float]]
+Loss = Callable[[GateSchedule], float]
+
+
+class GateRule(DiPGO):
+    """A schedule by a rule, or by a search that measures the consistency of samples on calibration batches.
+
+    Nothing trains: every training batch is a calibration batch, and the search runs at the end of the one epoch
+    (`max_epochs: 1`, `limit_train_batches`).
+
+    Args:
+        denoiser: the pretrained network.
+        process: its forward process.
+        sampler: the trajectory that gates are for.
+        search: "random-gates", "uniform-reuse" or "whole-steps" are rules, see `controls.rule`; "greedy" scores a
+            gate by what shutting it alone costs; "genetic" breeds scores.
+        granularity: what a gate is for, as in `DiPGO`.
+        cache_mode: what a skipped block gives.
+        budget: fraction of the dense trajectory's MACs that the result may keep.
+        further_budgets: budgets of further schedules.
+        loss: consistency of samples.
+        population: schedules a generation of the genetic search.
+        generations: generations of the genetic search.
+        compare: rows to report beside the result.
+        seed: seed of the search; null takes that of `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        process: Process,
+        sampler: Sampler,
+        search: Literal["random-gates", "uniform-reuse", "whole-steps", "greedy", "genetic"],
+        granularity: str = "block",
+        cache_mode: CacheMode = "residual",
+        budget: float = 0.5,
+        further_budgets: list[float] | None = None,
+        loss: ConsistencyLoss = "mse",
+        population: int = 16,
+        generations: int = 10,
+        compare: list[Control] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            denoiser, process, sampler, granularity=granularity, cache_mode=cache_mode, budget=budget,
+            further_budgets=further_budgets, loss=loss, compare=compare or [], seed=seed,
+        )  # fmt: skip
+        if population < 2 or generations < 1:
+            raise InputError(f"model.population: {population} schedules over {generations} generations are no search")
+        self.automatic_optimization = False
+        self.search, self.population, self.generations = search, population, generations
+        self.pruner.requires_grad_(False)
+        self._calibration: list[Batch] = []
+
+    def configure_optimizers(self) -> Any:
+        """None: nothing trains."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+        if self.search in ("greedy", "genetic"):
+            self._calibration.append(batch)
+
+    def on_train_epoch_end(self) -> None:
+        if self.search == "greedy":
+            self._found(shut_alone(self._loss, self.problem))
+        elif self.search == "genetic":
+            chance = random.Random(derive(self.seed, 6))
+            self._found(bred(self._loss, self.problem, self.budget, self.population, self.generations, chance))
+        self._calibration.clear()
+
+    def _found(self, scores: Scores) -> None:
+        with torch.no_grad():
+            self.pruner.scores.copy_(torch.tensor(scores))  # type: ignore[operator, union-attr]
+
+    @torch.no_grad()
+    def _loss(self, schedule: GateSchedule) -> float:
+        """Consistency of a schedule's samples, a mean over the calibration batches of all processes."""
+        network = gated(self.denoiser, schedule, self.process)
+        losses = torch.stack([self._of_batch(network, batch) for batch in self._calibration])
+        gathered: Any = self.all_gather(losses.mean())
+        return float(gathered.mean())
+
+    def _of_batch(self, network: Denoiser, batch: Batch) -> Tensor:
+        ids, cond = batch["id"], batch["cond"]
+        images = sample_images(network, self.process, ids.cpu(), cond, self.problem.sampler, self._noise_seed)
+        return consistency(images, self.teacher.images(ids, ids, cond), self.consistency_loss)
+
+    def schedules(self) -> dict[str, GateSchedule]:
+        if self.search in ("greedy", "genetic"):
+            return super().schedules()
+        budgets = sorted(self.budgets, key=lambda budget: budget == self.budget)
+        return {f"{budget:g}": rule(self.search, self.problem, budget, self.seed) for budget in budgets}
+
+    def result_name(self, budget: str) -> str:
+        """Name of the row of a budget's schedule."""
+        return f"{self.search} {budget}"
+
+
+def shut_alone(loss: Loss, problem: GateProblem) -> Scores:
+    """Scores [T, N]: the loss with that gate alone shut, its cascade with it."""
+    full = [problem.graph.full() for _ in range(problem.steps)]
+    scores: Scores = [[0.0] * len(problem.graph) for _ in full]
+    for step in range(1, problem.steps):
+        for position in range(len(problem.graph)):
+            row = problem.graph.running([i != position for i in range(len(problem.graph))])
+            scores[step][position] = loss(problem.schedule([*full[:step], row, *full[step + 1 :]]))
+    return scores
+
+
+def bred(
+    loss: Loss, problem: GateProblem, budget: float, population: int, generations: int, chance: random.Random
+) -> Scores:
+    """Scores of the best schedule of a genetic search.
+
+    Individuals are scores, which the solver turns into schedules, so all keep the budget. A generation keeps its
+    better half and fills up with children: every step's scores from one parent or the other, one in ten drawn anew.
+    """
+
+    def drawn() -> Scores:
+        return [[chance.random() for _ in problem.graph.names] for _ in range(problem.steps)]
+
+    def ranked(individuals: list[Scores]) -> list[Scores]:
+        return sorted(individuals, key=lambda scores: loss(_schedule(scores, problem, budget)))
+
+    living = ranked([drawn() for _ in range(population)])
+    for _ in range(generations):
+        parents = living[: max(2, population // 2)]
+        children = [_child(*chance.sample(parents, 2), chance) for _ in range(population - len(parents))]
+        living = ranked([*parents, *children])
+    return living[0]
+
+
+def _schedule(scores: Scores, problem: GateProblem, budget: float) -> GateSchedule:
+    return problem.schedule(solve(scores, problem.graph, problem.costs, budget))
+
+
+def _child(one: Scores, other: Scores, chance: random.Random) -> Scores:
+    mixed = [chance.choice(rows) for rows in zip(one, other, strict=True)]
+    return [[chance.random() if chance.random() < 0.1 else score for score in row] for row in mixed]

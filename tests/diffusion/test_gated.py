@@ -1,0 +1,313 @@
+"""A gated denoiser: what runs, what is reused, what it equals, and that taking the gates out leaves no trace."""
+
+import random
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.blocks import GateSchedule
+from lightning_prune.diffusion.gated import Reuse, gated
+from lightning_prune.diffusion.gating import GatedPart, install, remove
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import initial_noise, integrate, sample_images
+from lightning_prune.diffusion.solvers import Sampler, make_solver
+from lightning_prune.diffusion.unroll import Unroll
+from lightning_prune.metrics.block_costs import block_costs, traced_costs
+from lightning_prune.metrics.macs import count_denoiser
+from lightning_prune.metrics.trajectory import trajectory_cost
+from lightning_prune.protocols import InputError, StepAware
+from tests.factories import tiny_dit, tiny_unet
+
+PROCESS = Process(schedule="cosine", prediction="v")
+SAMPLER = Sampler(steps=5)
+IDS, LABELS = torch.arange(3), torch.tensor([0, 4, 9])
+KINDS: list[Any] = [
+    pytest.param(tiny_dit, "block", "residual", id="dit block residual"),
+    pytest.param(tiny_dit, "block", "output", id="dit block output"),
+    pytest.param(tiny_dit, "half", "residual", id="dit half"),
+    pytest.param(tiny_unet, "coarse", "output", id="unet coarse"),
+    pytest.param(tiny_unet, "fine", "output", id="unet fine"),
+]
+
+
+def draw(denoiser: Denoiser, sampler: Sampler = SAMPLER, process: Process = PROCESS) -> Tensor:
+    return sample_images(denoiser, process, IDS, LABELS, sampler)
+
+
+def schedule(
+    denoiser: Denoiser, granularity: str, mode: Any, share: float, steps: int = 5, seed: int = 1
+) -> GateSchedule:
+    graph, chance = denoiser.blocks(granularity), random.Random(seed)
+    return GateSchedule.of(graph, mode, [[chance.random() < share for _ in graph.names] for _ in range(steps)])
+
+
+def running_modules(network: nn.Module, call: Callable[[], Any]) -> set[str]:
+    """Names of the modules without children that compute during a call."""
+    seen: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+        for name, module in network.named_modules()
+        if not list(module.children())
+    ]
+    call()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_all_gates_open_is_the_dense_network_bit_for_bit(make: Any, granularity: str, mode: Any) -> None:
+    dense = make()
+    full = gated(dense, schedule(dense, granularity, mode, 1.1), PROCESS)
+    assert torch.equal(draw(full), draw(dense))
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_taking_the_gates_out_restores_everything(make: Any, granularity: str, mode: Any) -> None:
+    dense = make()
+    before, kinds, names = draw(dense), [type(m) for m in dense.modules()], list(dense.state_dict())
+    pruned = gated(dense, schedule(dense, granularity, mode, 0.4), PROCESS)
+    assert not torch.equal(draw(pruned), before)
+    assert torch.equal(draw(dense), before), "the dense one is untouched beside it"
+    install(dense.network, dense.blocks(granularity), mode)
+    assert any(isinstance(m, GatedPart) for m in dense.modules())
+    assert torch.equal(draw(dense), before), "gates that nobody sets do nothing"
+    remove(dense.network)
+    assert [type(m) for m in dense.modules()] == kinds
+    assert list(dense.state_dict()) == names
+    assert not [key for m in dense.modules() for key in vars(m) if key == "_gating"]
+    assert torch.equal(draw(dense), before)
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_weights_are_shared_and_copies_stand_alone(make: Any, granularity: str, mode: Any) -> None:
+    dense = make()
+    pruned = gated(dense, schedule(dense, granularity, mode, 0.5), PROCESS)
+    assert {id(p) for p in pruned.parameters()} == {id(p) for p in dense.parameters()}
+    assert list(pruned.state_dict()) == list(dense.state_dict())
+    copy, image = deepcopy(pruned), draw(pruned)
+    with torch.no_grad():
+        next(iter(dense.network.parameters())).zero_()
+    assert torch.equal(draw(copy), image)
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_training_gives_what_the_schedule_gives(make: Any, granularity: str, mode: Any) -> None:
+    dense = make()
+    for seed in range(3):
+        chosen = schedule(dense, granularity, mode, 0.6, seed=seed)
+        expected = draw(gated(dense, chosen, PROCESS))
+        unroll = Unroll(dense, granularity, mode, PROCESS, SAMPLER)
+        run = torch.tensor(chosen.rows).float().requires_grad_()
+        image = unroll(initial_noise(IDS, dense.sample_shape), LABELS, run)
+        torch.testing.assert_close(image, expected, rtol=0, atol=2e-6)
+        each = unroll(initial_noise(IDS, dense.sample_shape), LABELS, run[:, None].expand(-1, 3, -1))
+        torch.testing.assert_close(each, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_the_gradient_of_a_gate_is_the_difference_it_makes(make: Any, granularity: str, mode: Any) -> None:
+    """Along a blend between 0 and 1 the loss is smooth, so finite differences have to agree; so does recomputing."""
+    dense = make().double()
+    noise = initial_noise(IDS, dense.sample_shape).double()
+    sampler = Sampler(steps=3)
+    run = torch.full((3, len(dense.blocks(granularity))), 0.7, dtype=torch.float64)
+    process = Process(schedule="cosine", prediction="v", clip_sample=False)
+    gradients = []
+    for steps, blocks in ((True, False), (False, False), (True, True)):
+        unroll = Unroll(dense, granularity, mode, process, sampler, steps, blocks)
+        gate = run.clone().requires_grad_()
+        unroll(noise, LABELS, gate).square().sum().backward()
+        gradients.append(gate.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-9, atol=1e-12)
+    assert gradients[0] is not None
+    assert not gradients[0][0].any(), "the first step always runs"
+    if mode == "output":
+        return  # the output's gate acts in two places and is counted in one, see Unroll
+    step = torch.zeros_like(run)
+    step[1, 0], step[2, 1] = 1e-5, -2e-5
+    with torch.no_grad():
+        values = [unroll(noise, LABELS, run + s).square().sum() for s in (step, -step)]
+    slope = (values[0] - values[1]) / 2
+    torch.testing.assert_close(slope, (gradients[0] * step).sum(), rtol=1e-5, atol=0)
+
+
+def test_skipping_the_last_block_runs_nothing_and_repeats_the_prediction() -> None:
+    dense = tiny_unet()
+    graph = dense.blocks("coarse")
+    chosen = GateSchedule.of(graph, "output", [[1] * 5, [1, 1, 1, 1, 0]])
+    assert chosen.rows[1] == (False,) * 5
+    pruned: Any = gated(dense, chosen)
+    x, t = torch.randn(2, 3, 1, 32, 32), torch.tensor([900, 900, 900])
+    pruned.at_step(0, 2)
+    first = pruned(x[0], t, LABELS)
+    pruned.at_step(1, 2)
+    assert running_modules(pruned.network, lambda: pruned(x[1], t - 500, LABELS)) == set()
+    assert torch.equal(pruned(x[1], t - 500, LABELS) if pruned.at_step(1, 2) else first, first)
+
+
+def test_only_what_the_closure_says_computes() -> None:
+    dense = tiny_unet()
+    graph = dense.blocks("fine")
+    row = tuple(name in ("u0", "u1", "d1") for name in graph.names)
+    pruned: Any = gated(dense, GateSchedule("fine", "output", graph.names, (graph.full(), row)), PROCESS)
+    x, t = torch.randn(3, 1, 32, 32), torch.tensor([900, 900, 900])
+    pruned.at_step(0, 2)
+    pruned(x, t, LABELS)
+    pruned.at_step(1, 2)
+    ran = running_modules(pruned.network, lambda: pruned(x, t, LABELS))
+    inside = {name for block in graph.blocks for name in block.modules}
+    allowed = {name for block, runs in zip(graph.blocks, row, strict=True) if runs for name in block.modules}
+    for name in ran:
+        owners = {module for module in inside if f"{name}.".startswith(f"{module}.")}
+        assert owners <= allowed, f"{name} computes"
+    assert any(name.startswith("up_blocks.1.resnets.1") for name in ran)
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_counted_macs_are_those_of_the_costs(make: Any, granularity: str, mode: Any) -> None:
+    dense = make()
+    chosen = schedule(dense, granularity, mode, 0.5)
+    costs = traced_costs(dense, granularity, mode)
+    counted = trajectory_cost(gated(dense, chosen, PROCESS), PROCESS, SAMPLER).macs()
+    assert counted == sum(costs.step(row) for row in chosen.rows)
+    assert counted < trajectory_cost(dense, PROCESS, SAMPLER).macs()
+
+
+@pytest.mark.parametrize("granularity", ["coarse", "fine"])
+def test_traced_costs_are_those_of_the_modules(granularity: str) -> None:
+    dense = tiny_unet()
+    assert traced_costs(dense, granularity, "output") == block_costs(count_denoiser(dense), dense.blocks(granularity))
+
+
+def predictor(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    return torch.sin(3 * x) * 0.8 + 0.1 * torch.cos(t.view(-1, 1).to(x.dtype) / 90)
+
+
+KEPT = [0, 7, 13, 19, 20, 21, 26, 32, 39, 48]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_whole_step_reuse_under_ddim_is_ddim_on_the_kept_steps(prediction: Any) -> None:
+    process = Process("scaled_linear", prediction, beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    process._alphas_cumprod = process.alphas_cumprod.double()
+    reuse, index = Reuse(process), -1
+    memory: tuple[Tensor, ...] = ()
+    full = tuple(range(981, 0, -20))
+    assert [full[i] for i in KEPT] == [981, 841, 721, 601, 581, 561, 461, 341, 201, 21]
+
+    def enter(step: int) -> None:
+        nonlocal index
+        index = step
+
+    def reusing(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        nonlocal memory
+        if index not in KEPT:
+            return reuse.predict(memory, t)
+        memory = reuse.remember(predictor(x, t, cond), x, t)
+        return predictor(x, t, cond)
+
+    noise = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cond = torch.zeros(4)
+    ours = integrate(reusing, process, noise, cond, Sampler("ddim", 50, timesteps=full), enter)
+    plain = Sampler("ddim", 10, timesteps=tuple(full[i] for i in KEPT))
+    assert float((ours - integrate(predictor, process, noise, cond, plain)).abs().max()) < 1e-12
+
+
+def test_skipping_all_but_the_first_step_holds_the_noise() -> None:
+    process = Process("linear", "epsilon", clip_sample=False)
+    dense = tiny_unet()
+    graph = dense.blocks("coarse")
+    pruned = gated(dense, GateSchedule.of(graph, "output", [[1] * 5] + [[0] * 5] * 4), process)
+    torch.testing.assert_close(
+        draw(pruned, process=process), draw(dense, Sampler(steps=1), process), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["dpm-solver++", "euler", "plms"])
+def test_other_solvers_count_their_calls(name: Any) -> None:
+    process = Process("linear", "epsilon", clip_sample=False)
+    dense, sampler = tiny_unet(), Sampler(name, 5)
+    calls = sampler.calls(process)
+    chosen = schedule(dense, "coarse", "output", 0.8, steps=calls)
+    image = draw(gated(dense, chosen, process), sampler, process)
+    assert torch.isfinite(image).all()
+    with pytest.raises(InputError, match=f"for {calls} network calls, this sampler makes"):
+        draw(gated(dense, chosen, process), Sampler(name, 9), process)
+
+
+def test_plms_makes_a_call_more_than_it_has_steps() -> None:
+    process = Process("scaled_linear", "epsilon", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    visited = make_solver(Sampler("plms", 50, spacing="leading"), process).timesteps.tolist()
+    assert len(visited) == 51
+    assert visited[:4] == [981, 961, 961, 941]
+    assert make_solver(Sampler("ddim", 50, spacing="leading"), process).timesteps.tolist() == list(range(981, 0, -20))
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_guidance_batched_and_in_turn_agree(make: Any, granularity: str, mode: Any) -> None:
+    dense = make()
+    chosen = schedule(dense, granularity, mode, 0.5)
+    together = draw(gated(dense, chosen, PROCESS), Sampler(steps=5, guidance=2.0))
+    pruned: Any = gated(dense, chosen, PROCESS)
+
+    def in_turn(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        one: Tensor = pruned(x, t, cond)
+        other: Tensor = pruned(x, t, pruned.null_condition(cond))
+        return other + 2.0 * (one - other)
+
+    noise = initial_noise(IDS, dense.sample_shape)
+    pruned.eval()
+    apart = integrate(in_turn, PROCESS, noise, LABELS, SAMPLER, lambda index: pruned.at_step(index, 5))
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_every_pattern_is_a_graph_without_breaks(make: Any, granularity: str, mode: Any) -> None:
+    dense = make()
+    pruned: Any = gated(dense, schedule(dense, granularity, mode, 0.5, steps=3), PROCESS)
+    x, t = torch.randn(3, 1, 32, 32), torch.tensor([900, 900, 900])
+    with torch.no_grad():
+        pruned.at_step(0, 3)
+        pruned(x, t, LABELS)
+        for row in pruned.schedule.patterns():
+            if not pruned.skips_wholly(row):
+                found = torch._dynamo.explain(pruned.path(row))(x, t, LABELS, pruned._slots[0])
+                assert (found.graph_count, found.graph_break_count) == (1, 0)
+                torch._dynamo.reset()
+
+
+def test_compiled_paths_give_the_same_images_from_one_graph_each() -> None:
+    dense = tiny_dit()
+    chosen = schedule(dense, "half", "residual", 0.5, steps=30)
+    assert len(chosen.patterns()) > torch._dynamo.config.recompile_limit, "more than one code object would get"
+    pruned: Any = gated(dense, chosen, PROCESS)
+    expected = draw(pruned, Sampler(steps=30))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pruned.compile_paths(backend="eager", fullgraph=True)
+    torch.testing.assert_close(draw(pruned, Sampler(steps=30)), expected, rtol=0, atol=1e-6)
+    draw(pruned, Sampler(steps=30))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == len(chosen.patterns())
+    torch._dynamo.reset()
+
+
+def test_a_schedule_of_other_blocks_is_refused() -> None:
+    chosen = GateSchedule("block", "residual", ("B0", "B1", "B2"), ((True,) * 3,))
+    with pytest.raises(InputError, match="B0 B1 B2 of the schedule are not the network's, B0 B1"):
+        gated(tiny_dit(), chosen)
+
+
+def test_it_is_step_aware_and_of_its_family() -> None:
+    dense: Any = tiny_dit()
+    pruned: Any = gated(dense, schedule(dense, "block", "residual", 0.5))
+    assert isinstance(pruned, StepAware)
+    assert isinstance(pruned, type(dense))
+    assert not isinstance(dense, StepAware)

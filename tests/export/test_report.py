@@ -1,0 +1,49 @@
+"""What a report compares: costs relative to the dense network, and the control with fewer steps."""
+
+from copy import deepcopy
+
+import pytest
+
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.diffusion.variants import Variant
+from lightning_prune.export.report import costs, with_fewer_steps
+from lightning_prune.protocols import Sparsity
+from lightning_prune.pruning.masks import MaskSet, select_units
+from tests.factories import tiny_dit
+
+PROCESS, SAMPLER = Process("cosine", "v"), Sampler(steps=20)
+
+
+def variants(sparsity: Sparsity | None) -> dict[str, Variant]:
+    dense = tiny_dit()
+    masked = deepcopy(dense)
+    MaskSet(masked.network, select_units(masked.anatomy(), None, masked.default_dense(), 4), sparsity)
+    return {"dense": Variant(dense), "result": Variant(masked)}
+
+
+def test_costs_are_relative_to_the_first_network() -> None:
+    found = costs(variants(Sparsity(2, 4)), PROCESS, SAMPLER)
+    assert found["dense"].macs_kept == 1
+    assert found["dense"].masked_share == 0
+    expected = 1 - found["result"].masked_share / 2
+    assert found["result"].macs_kept == pytest.approx(expected)
+    assert found["result"].nonzero_parameters < found["result"].parameters == found["dense"].parameters
+
+
+def test_fewer_steps_cost_no_more_than_the_result_and_less_than_a_step_below() -> None:
+    given = variants(Sparsity(2, 4))
+    compared = with_fewer_steps(given, PROCESS, SAMPLER)
+    *_, control, last = compared
+    assert last == "result"
+    own = compared[control].sampler
+    assert own is not None
+    assert control == f"dense, {own.steps} steps"
+    assert compared[control].denoiser is given["dense"].denoiser
+    found = costs(compared, PROCESS, SAMPLER)
+    a_step = found["dense"].macs_per_image / 20
+    assert 0 <= found["result"].macs_per_image - found[control].macs_per_image < a_step
+
+
+def test_nothing_saved_leaves_all_steps() -> None:
+    assert "dense, 20 steps" in with_fewer_steps(variants(None), PROCESS, SAMPLER)

@@ -1,0 +1,119 @@
+"""The parts of DiP-GO: the published network and its start, losses, gates at a budget."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_prune.blocks import BlockCosts
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import initial_noise, sample_images
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.diffusion.unroll import Unroll
+from lightning_prune.methods.dipgo.consistency import ConsistencyLoss, consistency, structural_similarity
+from lightning_prune.methods.dipgo.gate_sampling import budgeted_gates, published_gates
+from lightning_prune.methods.dipgo.pruner import QueryPruner
+from tests.factories import tiny_unet
+from tests.pruning.test_gates import GRAPHS
+from tests.test_blocks import sd15_graph
+
+
+def test_the_published_network_has_its_published_size() -> None:
+    with torch.device("meta"):
+        pruner = QueryPruner(50, 9)
+        released = QueryPruner(50, 9, encoder="none")
+    assert sum(p.numel() for p in pruner.parameters()) == 37_852_676
+    assert sum(p.numel() for p in released.parameters()) == 37_852_676 - 526_976
+
+
+@pytest.mark.parametrize("encoder", ["none", "self", "cross"])
+def test_it_starts_by_keeping_everything(encoder: str) -> None:
+    torch.manual_seed(0)
+    pruner = QueryPruner(4, 3, width=16, encoder=encoder)  # type: ignore[arg-type]
+    assert torch.allclose(torch.sigmoid(pruner()), torch.tensor(0.7311), atol=1e-4)
+    assert pruner().shape == (4, 3)
+
+
+def test_the_encoder_is_applied() -> None:
+    torch.manual_seed(0)
+    pruner = QueryPruner(4, 3, width=16, encoder="self").eval()
+    torch.nn.init.normal_(pruner.heads.weights[-1])
+    before = pruner().detach()
+    with torch.no_grad():
+        pruner.queries[0].mul_(3)
+    changed = (pruner() - before).abs() > 1e-7
+    assert changed[0].all(), "all blocks of the step see it"
+    assert not changed[1:].any(), "other steps do not"
+
+
+def test_the_published_start_has_no_consistency_gradient() -> None:
+    """Which is why the published search has to wait for the sparsity loss alone to shut the first gates."""
+    denoiser = tiny_unet()
+    process, sampler = Process(schedule="cosine", prediction="v"), Sampler(steps=3)
+    unroll = Unroll(denoiser, "coarse", "output", process, sampler)
+    scores = torch.ones(3, 5, requires_grad=True)
+    drawn = published_gates(scores, unroll.graph, BlockCosts((1,) * 5, 1))
+    noise, labels = initial_noise(torch.arange(2), denoiser.sample_shape), torch.tensor([1, 2])
+    student = unroll(noise, labels, drawn.run)
+    teacher = sample_images(denoiser, process, torch.arange(2), labels, sampler)
+    assert torch.equal(student, teacher)
+    losses: tuple[ConsistencyLoss, ...] = ("mse", "ssim")
+    for loss in losses:
+        value = consistency(student, teacher, loss)
+        (gradient,) = torch.autograd.grad(value, scores, retain_graph=True)
+        assert abs(float(value.detach())) < 1e-6
+        assert float(gradient.abs().max()) < 1e-6
+
+
+def test_budgeted_gates_have_one_from_the_first_step() -> None:
+    denoiser = tiny_unet()
+    process, sampler = Process(schedule="cosine", prediction="v"), Sampler(steps=3)
+    unroll = Unroll(denoiser, "coarse", "output", process, sampler)
+    scores = torch.zeros(3, 5, requires_grad=True)
+    uniforms = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    drawn = budgeted_gates(scores, torch.tensor([0.6, 0.8]), uniforms, unroll.graph, BlockCosts((1,) * 5, 1))
+    noise, labels = initial_noise(torch.arange(2), denoiser.sample_shape), torch.tensor([1, 2])
+    teacher = sample_images(denoiser, process, torch.arange(2), labels, sampler)
+    consistency(unroll(noise, labels, drawn.run), teacher, "mse").backward()
+    assert scores.grad is not None
+    assert float(scores.grad[1:].abs().max()) > 0
+    assert not scores.grad[0].any()
+
+
+@pytest.mark.parametrize("make", GRAPHS)
+def test_gates_drawn_at_a_budget_cost_it(make: Any) -> None:
+    graph = make()
+    costs = BlockCosts(tuple(range(3, 3 + len(graph))), 1, idle=1 if graph.independent else 0)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(20, len(graph), generator=generator)
+    for budget in (0.3, 0.6, 0.9):
+        uniforms = torch.rand(64, 20, len(graph), generator=generator)
+        drawn = budgeted_gates(scores, torch.full((64,), budget), uniforms, graph, costs)
+        assert float(drawn.cost.detach()) == pytest.approx(budget, abs=1e-4)
+        rows = drawn.run.detach().transpose(0, 1).round().bool().tolist()
+        kept = [costs.kept([graph.full(), *map(tuple, sample[1:])]) for sample in rows]
+        assert sum(kept) / len(kept) == pytest.approx(budget, abs=0.03)
+
+
+def test_the_published_sparsity_loss_at_all_keep() -> None:
+    graph, costs = sd15_graph("coarse")
+    drawn = published_gates(torch.ones(50, 9), graph, costs)
+    assert float(drawn.cost.detach()) == pytest.approx(2.4674, abs=5e-5)
+    without = published_gates(torch.ones(50, 9), graph, costs, cascades=False)
+    assert float(without.cost) == pytest.approx(9)
+
+
+def test_the_similarity_of_an_image_with_itself_is_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(2, 3, 20, 20, generator=generator)
+    assert float(structural_similarity(a, a)) == pytest.approx(1, abs=1e-5)
+    assert float(structural_similarity(a, 1 - a)) < 0.5
+
+
+@pytest.mark.parametrize("loss", ["mse", "l1", "ssim", "ssim+l1"])
+def test_losses_are_zero_for_equal_images_and_grow(loss: ConsistencyLoss) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, noise = torch.rand(2, 2, 1, 16, 16, generator=generator)
+    values = [float(consistency(a + scale * noise, a, loss)) for scale in (0, 0.1, 0.4)]
+    assert values[0] == pytest.approx(0, abs=1e-5)
+    assert values[0] < values[1] < values[2]

@@ -1,0 +1,93 @@
+"""Every method on every backbone: one batch of fit and a sample, or a refusal that is written down."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+from lightning_prune import methods
+from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.export import load, save_artifact
+from lightning_prune.methods.sparsedm import SparseDM
+from lightning_prune.module import PruningModule
+from lightning_prune.protocols import InputError
+from tests.backbones import BACKBONES, Backbone, TinyData
+
+methods.discover()
+METHODS = sorted(
+    (cls for cls in PruningModule.__subclasses__() if cls.__module__.startswith("lightning_prune.methods.")),
+    key=lambda cls: cls.__name__,
+)
+# A method needs an entry only where its defaults are too large for a tiny network.
+SETTINGS: dict[str, dict[str, Any]] = {"Dense": {"label_dropout": 0.5}, "SparseDM": {"label_dropout": 0.5}}
+REFUSALS = {
+    (entry["family"], entry["method"]): entry["reason"]
+    for entry in yaml.safe_load((Path(__file__).parents[1] / "refusals.yaml").read_text())
+}
+
+
+def build(method: Any, backbone: Backbone, **settings: Any) -> Any:
+    denoiser = backbone.build()
+    # Output layers start at zero in some families; nothing before them would get a gradient then.
+    denoiser.network.load_state_dict(backbone.network().state_dict())
+    return method(denoiser, backbone.process(), **SETTINGS.get(method.__name__, {}), **settings)
+
+
+def fit(module: PruningModule, backbone: Backbone, folder: Path) -> pl.Trainer:
+    """Fit one batch."""
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, limit_train_batches=1, limit_val_batches=0, use_distributed_sampler=False,
+        logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=TinyData(backbone, module.denoiser))
+    return trainer
+
+
+PAIRS = list(product(METHODS, BACKBONES))
+NAMES = [f"{method.__name__}-{backbone.name}" for method, backbone in PAIRS]
+
+
+def test_refusals_name_what_there_is() -> None:
+    known = {(backbone.family.__name__, method.__name__) for method, backbone in PAIRS}
+    assert set(REFUSALS) <= known
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS, ids=NAMES)
+def test_fits_a_batch_and_samples_or_says_why_not(method: Any, backbone: Backbone, tmp_path: Path) -> None:
+    reason = REFUSALS.get((backbone.family.__name__, method.__name__))
+    if reason is not None:
+        with pytest.raises(InputError) as refusal:
+            fit(build(method, backbone), backbone, tmp_path)
+        assert reason in str(refusal.value)
+        return
+    module = build(method, backbone)
+    trainer = fit(module, backbone, tmp_path)
+    assert torch.isfinite(trainer.callback_metrics["loss"])
+    result = list(module.variants().values())[-1].denoiser
+    cond = backbone.condition(result, 2)
+    torch.manual_seed(0)
+    images = module.sample_images(torch.arange(2), cond, backbone.sampler(guidance=2.0))
+    assert images.shape == (2, *result.sample_shape)
+    assert torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES, ids=lambda b: b.name)
+def test_a_masked_artifact_samples_like_the_network_it_was_made_from(backbone: Backbone, tmp_path: Path) -> None:
+    module = build(SparseDM, backbone)
+    folder = save_artifact(module.denoiser, tmp_path / "artifact", "sparsedm", {})
+    again, cond = load(folder), backbone.condition(module.denoiser, 2)
+    ids, sampler = torch.arange(2), backbone.sampler()
+    stored = sample_images(again, module.process, ids, cond, sampler)
+    # Kernels may sum in another order where memory lies otherwise.
+    torch.testing.assert_close(stored, module.sample_images(ids, cond, sampler), rtol=1e-4, atol=1e-4)
+    for name, layer in module.masks.layers.items():
+        weight = again.network.get_parameter(f"{name}.weight")
+        assert (weight == 0).float().mean() >= 0.5
+        assert torch.equal(weight, layer.weight * layer.mask)

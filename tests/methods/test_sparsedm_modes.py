@@ -1,0 +1,238 @@
+"""Further modes of SparseDM: frozen masks, fixed floors, several patterns in one set of weights, run-time switches."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_prune.callbacks import MaskInvariant
+from lightning_prune.callbacks.capability import require
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.methods.sparsedm import SparseDM
+from lightning_prune.methods.sparsedm.stepwise import stepwise
+from lightning_prune.metrics.trajectory import trajectory_cost
+from lightning_prune.protocols import InputError, Sparsity, SparsityControl
+from lightning_prune.pruning.masks import MaskSet, effective_state, select_units
+from lightning_prune.pruning.nm import nm_mask, to_groups
+from tests.factories import fit, tiny_dit, tiny_sparsedm
+
+TWO_FOUR = Sparsity(2, 4)
+BATCH = {"x": torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(3)), "cond": torch.arange(4)}
+
+
+def steep(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0)
+
+
+class Record(Callback):
+    """Masks and dense weights after every step."""
+
+    def __init__(self) -> None:
+        self.masks: list[dict[str, torch.Tensor]] = []
+        self.pruned: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        layers = pl_module.masks.layers
+        self.masks.append(masks_of(pl_module))
+        self.pruned.append({n: (layer.weight * (1 - layer.mask)).detach().clone() for n, layer in layers.items()})
+
+
+def masks_of(module: SparseDM) -> dict[str, torch.Tensor]:
+    return {name: mask.clone() for name, mask in module.masks.masks().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_masks_frozen_from_the_start_stay_and_pruned_weights_rest(tmp_path: Path) -> None:
+    record = Record()
+    module = tiny_sparsedm(freeze_masks_at=0.0, optimizer=steep, ema_decay=None)
+    fit(module, tmp_path, callbacks=[record, MaskInvariant()])
+    assert all(same(record.masks[0], later) for later in record.masks[1:])
+    assert all(same(record.pruned[0], later) for later in record.pruned[1:])
+    magnitudes = {name: nm_mask(layer.weight, TWO_FOUR).float() for name, layer in module.masks.layers.items()}
+    assert not same(magnitudes, record.masks[0]), "weights moved far enough that masks of magnitude would differ"
+
+
+def test_a_late_freeze_follows_the_weights_until_then(tmp_path: Path) -> None:
+    record = Record()
+    fit(tiny_sparsedm(freeze_masks_at=0.5, optimizer=steep, ema_decay=None), tmp_path, callbacks=[record])
+    assert not same(record.masks[0], record.masks[1])
+    # Half of four steps: the masks that the second step left are those of all later ones.
+    assert same(record.masks[1], record.masks[2])
+    assert same(record.masks[2], record.masks[3])
+
+
+def test_averaged_weights_compute_under_the_frozen_masks(tmp_path: Path) -> None:
+    module = tiny_sparsedm(freeze_masks_at=0.0, optimizer=steep, ema_decay=0.5)
+    before = masks_of(module)
+    fit(module, tmp_path)
+    assert same(masks_of(module), before)
+    for name, mask in before.items():
+        assert torch.equal(effective_state(module.denoiser.network)[f"{name}.weight"] != 0, mask.bool())
+
+
+def test_a_checkpoint_brings_frozen_masks_back(tmp_path: Path) -> None:
+    module = tiny_sparsedm(freeze_masks_at=0.5, optimizer=steep, ema_decay=None)
+    trainer = fit(module, tmp_path)
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    other = tiny_sparsedm(freeze_masks_at=0.5)
+    checkpoint = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    other.load_state_dict(checkpoint["state_dict"])
+    other.on_load_checkpoint(checkpoint)
+    other.weights_changed()
+    assert same(effective_state(module.denoiser.network), effective_state(other.denoiser.network))
+
+
+def test_a_frozen_mask_returns_after_other_patterns() -> None:
+    module = tiny_sparsedm()
+    module.masks.freeze()
+    before = masks_of(module)
+    with torch.no_grad():
+        for layer in module.masks.layers.values():
+            layer.weight.copy_(torch.randn_like(layer.weight))
+    for pattern in (None, Sparsity(3, 4), TWO_FOUR):
+        module.set_sparsity(pattern)
+    assert same(masks_of(module), before)
+
+
+@pytest.mark.parametrize("kind", ["random", "position"])
+def test_fixed_floors_do_not_follow_the_weights(kind: str, tmp_path: Path) -> None:
+    record = Record()
+    module = tiny_sparsedm(mask_scores=kind, optimizer=steep)
+    fit(module, tmp_path, callbacks=[record, MaskInvariant()])
+    assert all(same(record.masks[0], later) for later in record.masks[1:])
+    mask = next(iter(record.masks[0].values()))
+    kept_last = torch.equal(to_groups(mask, 4), torch.tensor([0.0, 0, 1, 1]).expand_as(to_groups(mask, 4)))
+    assert kept_last == (kind == "position")
+
+
+def test_random_masks_are_those_of_the_seed() -> None:
+    first, again, other = (tiny_sparsedm(mask_scores="random", seed=seed) for seed in (0, 0, 1))
+    masks = [masks_of(module) for module in (first, again, other)]
+    assert same(masks[0], masks[1])
+    assert not same(masks[0], masks[2])
+
+
+def test_the_flip_rate_is_what_a_refresh_changes() -> None:
+    module = tiny_sparsedm()
+    assert set(module.masks.flips().values()) == {0.0}
+    name, layer = next(iter(module.masks.layers.items()))
+    before = masks_of(module)[name]
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight))
+    expected = module.masks.flips()[name]
+    module.masks.refresh()
+    assert expected == pytest.approx((before != masks_of(module)[name]).float().mean().item())
+    assert expected > 0.1
+
+
+def test_the_flip_rate_is_logged_by_layer(tmp_path: Path) -> None:
+    module = tiny_sparsedm(optimizer=steep)
+    trainer = fit(module, tmp_path)
+    rates = {key: float(value) for key, value in trainer.logged_metrics.items() if key.startswith("flip_rate")}
+    assert rates.keys() == {"flip_rate", *(f"flip_rate/{name}" for name in module.masks.layers)}
+    assert 0 < rates["flip_rate"] < 1
+
+
+def test_several_patterns_learn_from_the_dense_path_in_one_step() -> None:
+    module = tiny_sparsedm(also=["7:8", "3:4"], decay=0.0)
+    module.train()
+    seen: list[str] = []
+    denoise = module.denoise
+
+    def spy(*args: Any) -> torch.Tensor:
+        seen.append(str(next(iter(module.masks.layers.values())).sparsity))
+        return denoise(*args)
+
+    module.denoise = spy  # type: ignore[method-assign, assignment]
+    loss, values = module.loss(BATCH, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert seen[0] == "None"
+    assert seen[1] in ("7:8", "3:4")
+    assert seen[2] == "2:4"
+    assert {"dense_denoise_loss", "denoise_loss", "distill_loss"} <= values.keys()
+    assert next(iter(module.masks.layers.values())).sparsity == TWO_FOUR
+    assert all(layer.weight.grad is not None for layer in module.masks.layers.values())
+
+
+def test_several_patterns_are_reported_each(tmp_path: Path) -> None:
+    module = tiny_sparsedm(also=["6:8"])
+    fit(module, tmp_path)
+    variants = module.variants()
+    assert list(variants) == ["dense", "one-shot 2:4", "sparsedm at dense", "sparsedm at 6:8", "sparsedm 2:4"]
+    states = {name: effective_state(variant.denoiser.network) for name, variant in variants.items()}
+    name = f"{next(iter(module.masks.layers))}.weight"
+    shadow = module.denoiser.network.state_dict()[name]
+    assert torch.equal(states["sparsedm at dense"][name], shadow)
+    assert torch.equal(states["sparsedm at 6:8"][name], shadow * nm_mask(shadow, Sparsity(6, 8)))
+
+
+def test_switching_at_run_time_is_exact() -> None:
+    module = tiny_sparsedm()
+    x, t, cond = BATCH["x"], torch.full((4,), 500), BATCH["cond"]
+    module.eval()
+
+    def output(pattern: Any) -> torch.Tensor:
+        module.set_sparsity(pattern)
+        with torch.no_grad():
+            prediction: torch.Tensor = module.denoiser(x, t, cond)
+        return prediction
+
+    dense, pruned = output(None), output(TWO_FOUR)
+    assert not torch.equal(dense, pruned)
+    assert torch.equal(output(None), dense)
+    assert torch.equal(output(TWO_FOUR), pruned)
+    layers = list(module.masks.layers)
+    module.set_sparsity({r".*\.ff\..*": None})
+    patterns = {name: module.masks.layers[name].sparsity for name in layers}
+    assert all((pattern is None) == (".ff." in name) for name, pattern in patterns.items())
+    require(module, SparsityControl, MaskInvariant())
+
+
+def test_a_pattern_by_step_is_that_of_each_step_and_costs_what_it_says() -> None:
+    denoiser = tiny_dit()
+    units = select_units(denoiser.anatomy(), None, denoiser.default_dense(), 4)
+    process, cond = Process("cosine", "v"), torch.zeros(2, dtype=torch.long)
+    switched = stepwise(tiny_dit(), units, [(0.0, None), (0.5, TWO_FOUR)])
+    seen: list[str] = []
+
+    def look(index: int) -> None:
+        seen.append(str(next(iter(switched.masks.layers.values())).sparsity))
+
+    def draw(on_step: Any = None) -> torch.Tensor:
+        return sample_images(switched, process, torch.arange(2), cond, Sampler(steps=5), on_step=on_step)
+
+    first = draw(look)
+    assert seen == ["None", "None", "None", "2:4", "2:4"]
+    assert torch.equal(draw(), first), "a second trajectory begins dense again"
+    masked = deepcopy(denoiser)
+    MaskSet(masked.network, units, TWO_FOUR)
+    dense, pruned = (trajectory_cost(network, process, Sampler(steps=1)).macs() for network in (denoiser, masked))
+    assert trajectory_cost(switched, process, Sampler(steps=5)).macs() == 3 * dense + 2 * pruned
+
+
+@pytest.mark.parametrize("starts", [[], [0.1], [0.0, 0.0], [0.0, 1.0]])
+def test_patterns_by_step_begin_at_0_and_rise(starts: list[float]) -> None:
+    with pytest.raises(InputError, match="have to begin at 0 and rise below 1"):
+        stepwise(tiny_dit(), tiny_dit().anatomy(), [(start, None) for start in starts])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"freeze_masks_at": 1.0}, r"freeze_masks_at: 1\.0"),
+        ({"also": ["1:4"]}, "also: 1:4 does not lie between"),
+        ({"also": ["4:4"]}, "also: 4:4 does not lie between"),
+        ({"also": ["9:8"]}, "9:8"),
+    ],
+)
+def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_sparsedm(**arguments)

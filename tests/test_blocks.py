@@ -1,0 +1,143 @@
+"""Blocks and what runs: the closure of the paper on chains, U-Nets and the published Stable Diffusion 1.5."""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from lightning_prune.blocks import Block, BlockCosts, BlockGraph, GateSchedule, State
+from lightning_prune.diffusion.gating import install, stored_elements
+from lightning_prune.diffusion.models.unet_blocks import unet_blocks
+from lightning_prune.metrics.block_costs import block_costs
+from lightning_prune.metrics.macs import Ledger, count
+from lightning_prune.protocols import InputError
+from tests.factories import tiny_dit, tiny_unet
+
+RELEASED = json.loads((Path(__file__).parent / "assets" / "dipgo_released_gates_sd15_080.json").read_text())
+CHAIN = BlockGraph("block", (Block("a", ("a",)), Block("b", ("b",), ("a",)), Block("c", ("c",), ("b",))), ("c",))
+SD_15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+
+
+@cache
+def sd15() -> tuple[Any, Ledger]:
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**SD_15)
+        x, t, text = torch.zeros(1, 4, 64, 64), torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, 768)
+    return network, count(network, x, t, text)
+
+
+@cache
+def sd15_graph(granularity: str) -> tuple[BlockGraph, BlockCosts]:
+    network, ledger = sd15()
+    graph = unet_blocks(network, granularity)
+    return graph, block_costs(ledger, graph, "module")
+
+
+def test_the_closure_of_a_chain() -> None:
+    assert CHAIN.running([1, 1, 1]) == (True, True, True)
+    assert CHAIN.running([1, 0, 1]) == (False, False, True)
+    assert CHAIN.states([1, 0, 1]) == (State.REMOVED, State.REUSED, State.RUN)
+    assert CHAIN.running([1, 1, 0]) == (False, False, False)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_dit().blocks("block"), lambda: tiny_unet().blocks("fine")])
+def test_closing_is_idempotent_and_keeps_order(make: Any) -> None:
+    graph, draw = make(), random.Random(0)
+    for _ in range(50):
+        gates = [draw.random() < 0.6 for _ in graph.names]
+        runs = graph.running(gates)
+        assert graph.running(runs) == runs, "what runs needs no closing"
+        assert all(gate or not run for gate, run in zip(gates, runs, strict=True))
+        position = draw.randrange(len(graph))
+        more = graph.running([gate or i == position for i, gate in enumerate(gates)])
+        assert all(after or not before for before, after in zip(runs, more, strict=True)), "opening removes nothing"
+
+
+def test_a_residual_makes_blocks_independent() -> None:
+    graph = tiny_dit().blocks("block").in_mode("residual")
+    assert graph.running([1, 0]) == (True, False)
+    with pytest.raises(InputError, match="granularity half has residual"):
+        tiny_dit().blocks("half").in_mode("output")
+    with pytest.raises(InputError, match="granularity coarse has output"):
+        tiny_unet().blocks("coarse").in_mode("residual")
+
+
+def test_producers_of_stable_diffusion() -> None:
+    graph, _ = sd15_graph("coarse")
+    assert graph.names == tuple(RELEASED["names"])
+    assert {b.name: set(b.producers) for b in graph.blocks} == {
+        "D0": set(), "D1": {"D0"}, "D2": {"D1"}, "D3": {"D2"}, "M": {"D3"}, "U3": {"M", "D3", "D2"},
+        "U2": {"U3", "D2", "D1"}, "U1": {"U2", "D1", "D0"}, "U0": {"U1", "D0"},
+    }  # fmt: skip
+
+
+def test_cascades_of_stable_diffusion() -> None:
+    coarse, costs = sd15_graph("coarse")
+    gone = {n: {m for m, r in zip(coarse.names, coarse.running([k != n for k in coarse.names]), strict=True) if not r}
+            for n in coarse.names}  # fmt: skip
+    assert gone["U0"] == set(coarse.names)
+    assert gone["U1"] == {"U1", "U2", "U3", "M", "D3", "D2", "D1"}
+    assert gone["U2"] == {"U2", "U3", "M", "D3", "D2"}
+    assert gone["U3"] == {"U3", "M", "D3"}
+    assert all(gone[n] == {n} for n in ("M", "D3", "D2", "D1", "D0"))
+    expected = (0.0972, 0.0924, 0.0928, 0.0112, 0.0178, 0.0670, 0.3816, 0.7076, 0.9997)
+    assert costs.cascade_shares(coarse) == pytest.approx(expected, abs=5e-5)
+    fine, costs = sd15_graph("fine")
+    assert fine.names == (*(f"d{i}" for i in range(1, 12)), "m12", *(f"u{i}" for i in reversed(range(12))))
+    shares = dict(zip(fine.names, costs.cascade_shares(fine), strict=True))
+    published = [0.9997, 0.9389, 0.8308, 0.7104, 0.6083, 0.5050, 0.3844, 0.2821, 0.1784, 0.0698, 0.0469, 0.0324]
+    assert [shares[f"u{i}"] for i in range(12)] == pytest.approx(published, abs=5e-5)
+
+
+def test_sparsity_losses_of_stable_diffusion_at_all_keep() -> None:
+    coarse, costs = sd15_graph("coarse")
+    assert sum(costs.cascade_shares(coarse)) == pytest.approx(2.4674, abs=5e-5)
+    assert sum(costs.blocks) / costs.dense == pytest.approx(0.9997037733830676, rel=1e-9)
+    fine, fine_costs = sd15_graph("fine")
+    assert sum(fine_costs.cascade_shares(fine)) == pytest.approx(5.8985, abs=5e-5)
+
+
+def test_the_released_gates() -> None:
+    graph, costs = sd15_graph("coarse")
+    schedule = GateSchedule.of(graph, "output", RELEASED["keep"])
+    assert schedule.rows == tuple(tuple(map(bool, row)) for row in RELEASED["keep"]), "they are closed already"
+    assert sum(map(sum, schedule.rows)) == 89
+    assert len(schedule.patterns()) == 3
+    assert schedule.kept_steps() == [0, 7, 13, 19, 20, 21, 26, 32, 39, 48]
+    assert not schedule.skips_only_whole_steps()
+    gated = sum(c for row in schedule.rows for c, runs in zip(costs.blocks, row, strict=True) if runs) / 50
+    assert (gated + costs.shell) / 1e9 == pytest.approx(67.7711, abs=1e-4)
+    assert (gated + costs.shell) / costs.dense == pytest.approx(0.2000, abs=5e-5)
+    assert costs.kept(schedule.rows) == pytest.approx(0.1998, abs=5e-5), "skipped steps skip the shell too"
+
+
+def test_cache_of_stable_diffusion() -> None:
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**SD_15).half()
+        x, t, text = torch.zeros(2, 4, 64, 64).half(), torch.zeros(2), torch.zeros(2, 77, 768).half()
+    graph = unet_blocks(network, "coarse")
+    gating = install(network, graph, "output")
+    with torch.no_grad():
+        _, slots = gating.step(lambda: network(x, t, text), graph.full(), [None] * len(graph))
+    assert stored_elements(slots) == 2 * 10_977_280  # 43.9 MB in half precision
+
+
+def test_a_schedule_is_closed_and_begins_in_full() -> None:
+    schedule = GateSchedule.of(CHAIN, "output", [[0, 0, 0], [1, 0, 1]])
+    assert schedule.rows == ((True, True, True), (False, False, True))
+    with pytest.raises(InputError, match="first step"):
+        GateSchedule("block", "output", ("a",), ((False,),))
+    with pytest.raises(InputError, match="2 gates for 1 blocks"):
+        GateSchedule("block", "output", ("a",), ((True,), (True, True)))
+
+
+def test_remapping_keeps_the_place_in_the_trajectory() -> None:
+    schedule = GateSchedule.of(CHAIN, "output", [[1, 1, 1], *[[0, 0, 1]] * 4, *[[0, 0, 0]] * 4, [1, 1, 1]])
+    assert schedule.remapped(10) == schedule
+    assert schedule.remapped(4).rows == tuple(schedule.rows[i] for i in (0, 3, 6, 9))
+    assert schedule.remapped(1).rows == (CHAIN.full(),)

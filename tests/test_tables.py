@@ -1,0 +1,117 @@
+"""The driver of the tables: rows are kept, runs that are there are not made again, pairs are found across runs."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tables: Any = load("tables")
+FACTS = {"device": "cpu", "minutes": 1.0, "command": "lightning_prune fit", "commit": "abc"}
+
+
+def job(variant: str, seed: int = 0) -> Any:
+    return tables.Job(variant, "fashion_dit", {"result": variant}, "2:4", seed, "x.yaml", minutes=30)
+
+
+def report(value: float) -> dict[str, Any]:
+    distance = {"value": value, "low": value - 1, "high": value + 1, "samples": 4, "protocol": "p"}
+    row = {"name": "result", "fd_fashion": distance, "macs_per_image": 10, "convention": "aten"}
+    return {"rows": [{**row, "name": "dense", "macs_per_image": 20}, row]}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_rows_are_on_disk_unique_and_as_the_schema_has_them(results: Path) -> None:
+    table = tables.Table.read("method", "pattern")
+    for value in (5.0, 6.0):
+        table.add(job("ste"), report(value), {"result": torch.zeros(4)}, FACTS)
+    (row,) = json.loads((results / "method.json").read_text())
+    assert row["fd_fashion"]["value"] == 6
+    assert (row["macs_per_image"], row["macs_per_image_dense"]) == (10, 20)
+    assert row.keys() == {
+        *(
+            "schema",
+            "network",
+            "method",
+            "variant",
+            "target",
+            "target_kind",
+            "tier",
+            "seed",
+            "sample_seed",
+            "fd_fashion",
+        ),
+        *("macs_per_image", "macs_per_image_dense", "convention", "device", "minutes", "command", "commit"),
+    }
+    again = tables.Table.read("method", "pattern")
+    assert again.has(job("ste"))
+    assert not again.has(job("ste", seed=1))
+    assert not again.has(job("asp"))
+
+
+def test_rows_of_different_runs_are_paired_by_sample(results: Path) -> None:
+    table = tables.Table.read("method", "pattern")
+    influence = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    table.add(job("a"), report(5.0), {"result": influence}, FACTS)
+    table.add(job("b"), report(7.0), {"result": influence + 1}, FACTS)
+    a, b = tables.Table.read("method", "pattern").rows
+    # Influences that differ by a constant leave no doubt about the difference, however wide each interval is.
+    assert table.difference(b, a) == pytest.approx((2.0, 2.0, 2.0))
+    assert table.difference(b, {**a, "sample_seed": 1}) is None
+
+
+def test_the_estimate_runs_nothing(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tables.Table.read("method", "pattern")
+    table.add(job("a"), report(5.0), {"result": torch.zeros(4)}, FACTS)
+    jobs = [job("a"), job("b"), job("c")]
+    assert tables.run_table(table, jobs, results / "README.md", str, ["--estimate"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 3 runs are missing, about 1.0 hours" in printed
+    assert "a:" not in printed
+    assert list(results.glob("runs")) == []
+
+
+def test_the_card_holds_the_table_between_its_markers(results: Path) -> None:
+    card = results / "README.md"
+    card.write_text("before\n<!-- table -->\nold\n<!-- end of table -->\nafter\n")
+    tables.write_card(card, "| new |")
+    tables.write_card(card, "| newer |")
+    assert card.read_text() == "before\n<!-- table -->\n| newer |\n<!-- end of table -->\nafter\n"
+    card.write_text("no markers")
+    with pytest.raises(ValueError, match="has no <!-- table -->"):
+        tables.write_card(card, "")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "benchmarks").glob("table_*.py")))
+def test_jobs_of_every_table_name_configs_that_exist_and_rows_once(name: str) -> None:
+    found = list(load(name).jobs())
+    assert all((ROOT / "configs" / one.config).is_file() for one in found)
+    assert len({one.name for one in found}) == len(found)
+    keys = [
+        (one.network, variant, one.target, one.seed, one.sample_seed) for one in found for variant in one.rows.values()
+    ]
+    assert len(set(keys)) == len(keys)
+    core = sum(one.minutes for one in found if one.tier == "core")
+    assert core <= 10.5 * 60, "a core table takes about ten hours of two cores"

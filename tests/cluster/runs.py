@@ -101,8 +101,8 @@ def signalled(cluster: Cluster, name: str, at: list[int], **pace: Any) -> tuple[
     file, told = paced(cluster, name, **pace)
     job = cluster.submit(*TWO_NODES, SCRIPTS / "train.sbatch", file)
     for restarts, step in enumerate(at):
-        wait(partial(reached, told, step), 200, cluster.output)
+        wait(partial(reached, told, step), 400, cluster.output)
         cluster.call("scancel", "--signal=USR1", job)
-        wait(partial(restarted, cluster, job, restarts), 100, cluster.output)
+        wait(partial(restarted, cluster, job, restarts), 200, cluster.output)
     assert cluster.end(job) == ["COMPLETED"], cluster.output()
     return job, cluster.jobs / "runs" / f"{name}-{job}"

@@ -30,7 +30,7 @@ def wandb(folder: Path, url: str, *arguments: str) -> str:
     }  # fmt: skip
     done = subprocess.run(
         [str(Path(sys.executable).with_name("wandb")), *arguments],
-        capture_output=True, text=True, env=environment, cwd=folder, timeout=500, check=False,
+        capture_output=True, text=True, env=environment, cwd=folder, timeout=900, check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
@@ -87,6 +87,7 @@ def test_every_trial_parses(file: Path, monkeypatch: pytest.MonkeyPatch, capsys:
             assert found == value
 
 
+@pytest.mark.timeout(1200)
 def test_a_real_agent_runs_a_grid_and_stops(tmp_path: Path) -> None:
     content = yaml.safe_load((CONFIGS / "sweeps" / "sparsedm_grid.yaml").read_text())
     content["parameters"] = {"model.init_args.sparsity": {"values": ["3:4", "2:4"]}}

@@ -26,6 +26,8 @@ class Dense(PruningModule):
         distill_weight: weight of the teacher's part of the loss.
     """
 
+    shardable = True
+
     def __init__(
         self,
         denoiser: Denoiser,

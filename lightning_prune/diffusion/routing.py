@@ -55,7 +55,7 @@ class StagedDenoiser(Denoiser):
         self.weights = dense.weights
         self.sample_shape, self.num_classes = dense.sample_shape, dense.num_classes
         self.lengths, self.facts = tuple(lengths), dict(facts or {})
-        self.network = nn.ModuleList(networks)
+        self.network: Any = nn.ModuleList(networks)
         self._shells = tuple(_shell(dense, network) for network in networks)
         self._family = type(dense)
         self._stage = 0

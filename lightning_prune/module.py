@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -27,7 +27,7 @@ from lightning_prune.protocols import InputError, Plan, ResultHook
 from lightning_prune.pruning.frozen import Frozen, Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
-from lightning_prune.sharding import FSDP2, ShardedAverage
+from lightning_prune.sharding import FSDP2, ShardedAverage, check_strategy
 from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
 Batch = Mapping[str, Any]
@@ -62,6 +62,9 @@ class PruningModule(pl.LightningModule):
         seed: seed of timesteps, noise and label dropout; null takes that of `seed_everything`.
         compile: run the training forward through torch.compile.
     """
+
+    shardable: ClassVar[bool] = False
+    """Whether the method can be trained while its network is spread over processes (FSDP2)."""
 
     def __init__(
         self,
@@ -165,6 +168,8 @@ class PruningModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_callbacks(self) -> list[Callback]:
+        # The first hook of a run, before processes wait for each other.
+        check_strategy(self.trainer.strategy, type(self).__name__, self.shardable, self.compile_training)
         # Added behind the user's callbacks: those that evaluate at the end of a validation epoch run before this
         # one swaps the averaged weights out again. Masks are derived from weights, so buffers are not averaged.
         fitting = self.trainer.state.fn == TrainerFn.FITTING

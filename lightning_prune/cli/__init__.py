@@ -25,6 +25,7 @@ Make pretrained diffusion models cheaper to sample.
   bench      time an artifact against the dense network, in one interleaved measurement
   cache-latents  encode pictures and captions once, for training without autoencoder and text encoders
   prefetch   put weights that evaluation needs into the cache: prefetch inception [--from PATH]
+  pareto     one table over the reports of many runs, a sweep's for one: pareto runs/
   submit     check a config and send its fit to SLURM: submit --config x.yaml --nodes 2 [--dry-run]
 
   lightning_prune fit --config configs/quickstart.yaml
@@ -75,7 +76,7 @@ def _through_srun(args: Sequence[str]) -> None:
 
 def _dispatch(args: Sequence[str]) -> int:
     # Verbs that need no trainer are modules with a `run` of their own; everything else is Lightning's.
-    verbs = ("export", "plan", "bench", "cache-latents", "prefetch", "submit")
+    verbs = ("export", "plan", "bench", "cache-latents", "pareto", "prefetch", "submit")
     module = args[0].replace("-", "_") if args[0] in verbs else "trainer_cli"
     status: int = import_module(f"lightning_prune.cli.{module}").run(args if module == "trainer_cli" else args[1:])
     return status

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from lightning_prune.blocks import BlockGraph
 from lightning_prune.cli import plan_text
@@ -15,7 +15,7 @@ from lightning_prune.cli.export import build_module
 from lightning_prune.cli.preflight import parse
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.pretrained import without_weights
-from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.diffusion.solvers import Sampler, SamplerName
 from lightning_prune.metrics.macs import Ledger, macs_per_image
 from lightning_prune.metrics.reach import (
     EXPLANATIONS,
@@ -106,7 +106,7 @@ def sampler_of(config: Mapping[str, Any], module: PruningModule) -> Sampler:
             settings = callback.get("init_args") or {}
     usual = "flow-euler" if module.process.is_flow else "ddim"
     name = usual if module.process.is_flow else settings.get("sampler") or usual
-    return Sampler(name, settings.get("steps", 20), settings.get("guidance", 1.0))
+    return Sampler(cast(SamplerName, name), settings.get("steps", 20), settings.get("guidance", 1.0))
 
 
 def _network(denoiser: Denoiser, ledger: Ledger) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def entries(network: nn.Module) -> Iterator[list[str]]:
 
     DiT's last layer, for one, uses the embedding inside its first block, whose weights are spread again by then.
     """
-    blocks, active, found = set(_blocks(network)), [], list[str]()
+    blocks, active, found = set(_blocks(network)), list[str](), list[str]()
 
     def enter(name: str, *_: Any) -> None:
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)

@@ -102,7 +102,7 @@ class Cluster:
         words = self.call("scontrol", "--oneliner", "show", "job", job).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def end(self, *jobs: str, timeout: float = 500) -> list[str]:
+    def end(self, *jobs: str, timeout: float = 900) -> list[str]:
         """Wait until jobs are over; their states."""
         states = {}
 

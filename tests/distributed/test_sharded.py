@@ -81,7 +81,7 @@ def test_one_checkpoint_for_both(replicated: Path, sharded: Path, root: Path) ->
     for key in ("state_dict", "current_model_state"):
         close(one[key], other[key])
     assert int(one["averaging_state"]["n_averaged"]) == int(other["averaging_state"]["n_averaged"])
-    longer = {"max_steps": 6, "callbacks": [REPORT], "gradient_clip_val": 0.5}
+    longer: dict[str, Any] = {"max_steps": 6, "callbacks": [REPORT], "gradient_clip_val": 0.5}
     a = fit(root, "to-fsdp2", "fsdp2", "--ckpt_path", str(replicated / "checkpoints" / "last.ckpt"), **longer)
     b = fit(root, "to-ddp", "ddp", "--ckpt_path", str(sharded / "checkpoints" / "last.ckpt"), **longer)
     for key in ("state_dict", "current_model_state"):
@@ -103,7 +103,7 @@ def test_the_artifact_is_whole_and_masked(replicated: Path, sharded: Path) -> No
 
 
 def test_a_convolutional_network_and_a_dense_method(root: Path) -> None:
-    short = {"callbacks": [REPORT], "limit_val_batches": 0}
+    short: dict[str, Any] = {"callbacks": [REPORT], "limit_val_batches": 0}
     unet = fit(root, "unet", "fsdp2", config="sparsedm_unet", **short)
     assert json.loads((unet / "report.json").read_text())["rows"][-1]["name"] == "sparsedm 1:4"
     dense = [fit(root, f"dense-{s}", s, config="dense_dit", **short) for s in ("ddp", "fsdp2")]

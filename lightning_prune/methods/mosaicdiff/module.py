@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -109,7 +110,7 @@ class MosaicDiff(PruningModule):
         self._importance: dict[str, Tensor] = {}
         self._probe_cond: Condition | None = None
         self._calibrated_on = hashlib.sha256().hexdigest()
-        self._summed = False
+        self._summed = self._calibrated = False
         self._pruned: Shared[dict[str, Pruned]] = Shared({})
 
     @property
@@ -267,7 +268,9 @@ class MosaicDiff(PruningModule):
         needed = refine(stages_for(recipe, self.grid, self.power or 1.0) for recipe in self._recipes().values())
         if needed != self._bins:
             raise InputError("ckpt_path: its statistics were kept apart at other stages than these recipes have")
-        if self.global_rank == 0:  # the sum over processes stays with one of them
+        # While more is to come, what all processes have seen stays with one of them.
+        self._summed = not self._calibrating()
+        if self._summed or self.global_rank == 0:
             assert self._curvature is not None
             self._curvature.load(state)
             self._importance = dict(state["importance"])
@@ -295,11 +298,16 @@ class MosaicDiff(PruningModule):
     # Results
 
     def results(self) -> dict[str, Pruned]:
-        """Every recipe's result by row name; nothing before a batch was seen."""
-        if not self._pruned.value and self._curvature is not None and float(self._curvature.rows.sum()) > 0:
+        """Every recipe's result by row name; nothing before calibration has ended."""
+        if not self._pruned.value and self._curvature is not None and not self._calibrating():
             with torch.random.fork_rng(devices=[]):
                 self._pruned.value = self._prune()
         return self._pruned.value
+
+    def _calibrating(self) -> bool:
+        """Whether batches may follow. Callbacks that ask on one process only must not set off a sum over all."""
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return fitting and not self._calibrated
 
     def _prune(self) -> dict[str, Pruned]:
         assert self._curvature is not None
@@ -327,6 +335,7 @@ class MosaicDiff(PruningModule):
 
     def write_results(self, trainer: pl.Trainer) -> None:
         """Prune, write and log the stages, then let callbacks work on the result."""
+        self._calibrated = True
         for name, pruned in self.results().items():
             if trainer.is_global_zero:
                 self._write(trainer, name, pruned)
@@ -337,10 +346,13 @@ class MosaicDiff(PruningModule):
         rows, widths = drawings.stage_table(pruned), drawings.widths_table(pruned)
         curve = drawings.cost_error_curve(pruned)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"stages": rows, "widths": widths, "cost_error": curve, "facts": pruned.denoiser.facts}
+        held = drawings.memory(pruned)
+        content: dict[str, Any] = {"stages": rows, "widths": widths, "cost_error": curve, "parameters": held}
+        content["facts"] = pruned.denoiser.facts
         (folder / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / f"{stem}.svg").write_text(drawings.allocation_svg(pruned, name))
-        Console().print(f"{name}\n{drawings.table_text(rows)}", highlight=False)
+        parameters = ", ".join(f"{kind} {count / 1e6:.2f} M" for kind, count in held.items())
+        Console().print(f"{name}\n{drawings.table_text(rows)}\nparameters: {parameters}", highlight=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 for key, table in (("stages", rows), ("widths", widths), ("cost_error", curve)):

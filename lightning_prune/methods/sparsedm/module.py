@@ -54,6 +54,8 @@ class SparseDM(PruningModule):
         compile: run the training forward through torch.compile.
     """
 
+    shardable = True
+
     def __init__(
         self,
         denoiser: Denoiser,

@@ -50,8 +50,12 @@ REFUSALS = {
 }
 
 
+def _defaults(backbone: Backbone) -> dict[str, Any]:
+    return {}
+
+
 def build(method: Any, backbone: Backbone) -> Any:
-    settings = SETTINGS.get(method.__name__, lambda backbone: {})
+    settings = SETTINGS.get(method.__name__, _defaults)
     denoiser = backbone.build()
     # Output layers start at zero in some families; nothing before them would get a gradient then.
     denoiser.network.load_state_dict(backbone.network().state_dict())

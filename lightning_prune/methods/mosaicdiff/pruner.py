@@ -94,6 +94,8 @@ class Pruner:
         stages = stages_for(recipe, self.grid, self.power)
         removals = self.removals(stages, recipe)
         problem = self.problem(stages, recipe, removals)
+        if recipe.allocation == "measured" and recipe.sensitivity != "layer":
+            problem = replace(problem, errors=measured_errors(self, stages, recipe, removals, problem))
         removed = self._allocate(recipe, target, stages, removals, problem)
         facts = {
             "recipe": asdict(recipe),
@@ -170,8 +172,8 @@ class Pruner:
     # Allocation
 
     def problem(self, stages: Sequence[Stage], recipe: Recipe, removals: list[list[Removal]]) -> Problem:
-        """What there is to allocate, with errors of single layers."""
-        errors = [[removal.errors for removal in row] for row in removals]
+        """What there is to allocate, with relative errors of single layers summed over the steps of a stage."""
+        errors = [[removal.errors * s.steps for removal in row] for s, row in zip(stages, removals, strict=True)]
         steps = [stage.steps for stage in stages]
         return Problem(self.groups, self.unit_macs, self.call_macs, steps, errors, recipe.maximum)
 
@@ -189,11 +191,7 @@ class Pruner:
         if recipe.allocation == "learned":
             continuous = relaxation.learn(self.dense, self.probe, problem, removals, stages, budget, recipe.evaluations)
             return give_back(problem, continuous, budget)
-        if recipe.sensitivity == "layer":
-            weighted = [[curve * s for curve in row] for row, s in zip(problem.errors, problem.steps, strict=True)]
-        else:
-            weighted = measured_errors(self, stages, recipe, removals, problem)
-        return dynamic(replace(problem, errors=weighted), budget)
+        return dynamic(problem, budget)
 
     def drift_of(self, stages: list[Stage], recipe: Recipe, removals: list[list[Removal]]) -> Any:
         """From an allocation to the mean squared difference of its images from the dense network's."""

@@ -18,7 +18,6 @@ from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe
-from lightning_prune.methods.mosaicdiff.drawings import memory
 from lightning_prune.methods.mosaicdiff.plan import (
     draw_in_bins,
     refine,
@@ -27,6 +26,7 @@ from lightning_prune.methods.mosaicdiff.plan import (
     timesteps_of,
     visited_timesteps,
 )
+from lightning_prune.methods.mosaicdiff.pruner import parameters_held
 from lightning_prune.methods.mosaicdiff.sensitivity import interpolated
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError
@@ -113,9 +113,19 @@ def test_the_run_leaves_tables_drawings_and_an_artefact(run: tuple[MosaicDiff, P
 
 def test_parameters_held_are_counted(run: tuple[MosaicDiff, Path]) -> None:
     for pruned in run[0].results().values():
-        found = memory(pruned)
-        assert found["dense"] == sum(p.numel() for p in run[0].denoiser.parameters())
+        found = run[0].parameters_of(pruned)
         assert found["shared"] <= found["stitched"]
+        if all(k > 0 for row in pruned.removed for k in row):  # or stages share what one of them leaves whole
+            assert found["shared"] == parameters_held(run[0].denoiser, pruned.problem, pruned.removed)
+
+
+def test_what_is_planned_is_what_a_uniform_recipe_does(run: tuple[MosaicDiff, Path]) -> None:
+    planned = module(recipe=RIVALS["magnitude"]).planned()
+    pruned = run[0].results()["magnitude"]
+    assert planned.axis == "widths"
+    assert planned.macs_kept == 1 - pruned.denoiser.facts["macs_removed"]
+    assert set(planned.touched) == {group.name for group in pruned.problem.groups}
+    assert planned.parameters_kept == sum(p.numel() for p in pruned.denoiser.parameters())
 
 
 def test_variants_are_named_before_they_exist() -> None:

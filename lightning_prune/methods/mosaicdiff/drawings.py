@@ -31,26 +31,6 @@ def stage_table(pruned: Pruned) -> list[dict[str, Any]]:
     return rows
 
 
-def memory(pruned: Pruned) -> dict[str, int]:
-    """Parameters held: of one dense network, of all stages with what they share once, and of as many whole networks."""
-    denoiser = pruned.denoiser
-    cut = {c.parameter for group in pruned.problem.groups for c in group.cuts}
-    uncut = sum(p.numel() for name, p in denoiser.networks[0].named_parameters() if name not in cut)
-    inner = sum(group.units * _unit_parameters(pruned, number) for number, group in enumerate(pruned.problem.groups))
-    return {
-        "dense": uncut + inner,
-        "shared": sum(p.numel() for p in denoiser.parameters()),
-        "stitched": sum(p.numel() for network in denoiser.networks for p in network.parameters()),
-    }
-
-
-def _unit_parameters(pruned: Pruned, number: int) -> int:
-    """Parameters of one unit of a group, from what the first stage kept of it."""
-    group, network = pruned.problem.groups[number], pruned.denoiser.networks[0]
-    kept = group.units - pruned.removed[0][number]
-    return sum(network.get_parameter(c.parameter).numel() for c in group.cuts) // kept
-
-
 def table_text(rows: Sequence[dict[str, Any]]) -> str:
     """The table in columns, for the terminal."""
     heads = list(rows[0])

@@ -29,7 +29,7 @@ from lightning_prune.methods.mosaicdiff.plan import (
     stages_for,
     visited_timesteps,
 )
-from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, check_reach
+from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, expected_removal, parameters_held
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe
 from lightning_prune.module import Batch, PruningModule
@@ -148,7 +148,7 @@ class MosaicDiff(PruningModule):
             power = self.trainer.strategy.reduce(batch["x"].square().mean().to(self.device), reduce_op="mean")
             self.power = float(power)
         for recipe in self._recipes().values():
-            check_reach(self.denoiser, self.grid, self.power, recipe, self.target)
+            expected_removal(self.denoiser, self.grid, self.power, recipe, self.target)
         self._probe_cond = self._same_everywhere(move(_rows(batch["cond"], self.probe_images), self.device))
         partitions = [stages_for(recipe, self.grid, self.power) for recipe in self._recipes().values()]
         self._make_statistics(refine(partitions))
@@ -346,7 +346,7 @@ class MosaicDiff(PruningModule):
         rows, widths = drawings.stage_table(pruned), drawings.widths_table(pruned)
         curve = drawings.cost_error_curve(pruned)
         folder.mkdir(parents=True, exist_ok=True)
-        held = drawings.memory(pruned)
+        held = self.parameters_of(pruned)
         content: dict[str, Any] = {"stages": rows, "widths": widths, "cost_error": curve, "parameters": held}
         content["facts"] = pruned.denoiser.facts
         (folder / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -367,6 +367,27 @@ class MosaicDiff(PruningModule):
         for name in self._recipes():
             found[name] = Variant(results[name].denoiser) if name in results else dense
         return found
+
+    def parameters_of(self, pruned: Pruned) -> dict[str, int]:
+        """Parameters of the dense network, of all stages with what they share once, and of as many whole networks."""
+        return {
+            "dense": sum(p.numel() for p in self.denoiser.parameters()),
+            "shared": sum(p.numel() for p in pruned.denoiser.parameters()),
+            "stitched": sum(p.numel() for network in pruned.denoiser.networks for p in network.parameters()),
+        }
+
+    def planned(self) -> Plan:
+        """Widths at the target; a recipe that measures is planned as a uniform one."""
+        power = self.power or 1.0
+        problem, removed = expected_removal(self.denoiser, self.grid, power, self.recipe, self.target)
+        wanted = self.recipe.sparsity
+        return Plan(
+            axis="widths",
+            target=f"{self.target:g} of MACs removed" if wanted is None else f"{wanted:g} of units removed",
+            touched=tuple(group.name for group in problem.groups),
+            macs_kept=problem.macs(removed) / problem.dense_macs,
+            parameters_kept=parameters_held(self.denoiser, problem, removed),
+        )
 
     def sample_images(
         self, ids: Tensor, cond: Condition, sampler: Sampler, seed: int = 0, on_step: OnStep | None = None

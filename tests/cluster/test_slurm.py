@@ -54,7 +54,7 @@ def test_a_signal_loses_nothing(cluster: Cluster, whole: dict[str, Any]) -> None
 
 
 def test_a_time_limit_loses_nothing(cluster: Cluster, whole: dict[str, Any]) -> None:
-    """The limit is brought near once steps are done, so that it does not matter how long this machine takes to start."""
+    """The limit is brought near once steps are done, however long this machine takes to start."""
     file, told = paced(cluster, "limited", seconds=8)
     job = cluster.submit(*TWO_NODES, "--time=60", "--signal=SIGUSR1@30", SCRIPTS / "train.sbatch", file)
     wait(partial(reached, told, 3), 400, cluster.output)

@@ -98,6 +98,7 @@ def test_a_run_against_a_broken_server_ends_with_a_complete_record(
     (run,) = [r["run"] for r in found if r["type"] == "run"]
     assert (run["run_group"], run["job_type"], run["tags"]) == ("g", "fit", ["a", "b"])
     assert "report._type" in text
+    assert '"pruning.json"' in text, "the manifest, as an artifact"
 
 
 def test_a_healthy_server_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

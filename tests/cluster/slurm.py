@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "slurm"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
 SCHEDULING = {"PENDING", "CONFIGURING", "COMPLETING", "RUNNING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"}
 
 _CONF = """\
@@ -137,6 +137,7 @@ def running(folder: Path) -> Iterator[Cluster]:
     try:
         _start(cluster)
         yield cluster
+        _cancel(cluster)
     finally:
         _stop(folder)
 
@@ -190,6 +191,13 @@ def _idle(cluster: Cluster) -> int:
 
 def _logs(folder: Path) -> str:
     return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in folder.glob("*.log"))
+
+
+def _cancel(cluster: Cluster) -> None:
+    """End what a failed test left running: a node's daemon that stops leaves its jobs alone."""
+    cluster.call("scancel", "--state=PENDING")
+    cluster.call("scancel", "--state=RUNNING")
+    wait(lambda: not cluster.call("squeue", "-h"), 60, lambda: cluster.call("squeue"))
 
 
 def _stop(folder: Path) -> None:

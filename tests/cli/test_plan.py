@@ -22,6 +22,7 @@ from lightning_prune.metrics.training_memory import activation_bytes, optimizer_
 from tests.backbones import BACKBONES, Backbone
 from tests.factories import DIT_CONFIG, tiny_dit
 
+SMOKE = sorted((Path(__file__).parents[2] / "configs" / "smoke").glob("*.yaml"))
 MODELS = "lightning_prune.diffusion.models"
 SD_15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 
@@ -225,3 +226,11 @@ def test_optimizer_state(make: Any, copies: int) -> None:
     parameters = list(skeleton().parameters())
     size = sum(p.nbytes for p in parameters)
     assert optimizer_bytes(make, parameters) == pytest.approx(copies * size, rel=0.01, abs=1)
+
+
+@pytest.mark.parametrize("file", SMOKE, ids=lambda p: p.stem)
+def test_every_smoke_config_is_planned(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(capsys, file)
+    assert 0 < found["target"]["macs_kept"] <= 1
+    assert found["training_memory"]["total"] > 0
+    assert found["method"] in plan_text.render(found)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_prune.export.report import metric_of
-from lightning_prune.metrics.files import written_whole
+from lightning_prune.files import written_whole
 from lightning_prune.protocols import InputError
 
 

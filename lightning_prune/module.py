@@ -223,12 +223,16 @@ class PruningModule(pl.LightningModule):
 
     # CostModel
 
-    def kept_fraction(self) -> dict[str, float]:
-        """Share of the dense network's MACs that one call costs now, by convention."""
+    def ledger(self) -> Ledger:
+        """MACs of one call of the denoiser, masks not applied; counted once."""
         if self._ledger is None:
             self._ledger = count_denoiser(self.denoiser)
+        return self._ledger
+
+    def kept_fraction(self) -> dict[str, float]:
+        """Share of the dense network's MACs that one call costs now, by convention."""
         masks = {n: layer.sparsity for n, layer in masked_layers(self.denoiser.network).items() if layer.sparsity}
-        return {"aten": float(self._ledger.kept_share(masks))}
+        return {"aten": float(self.ledger().kept_share(masks))}
 
     # Moments at which weights change in place
 

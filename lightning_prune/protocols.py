@@ -132,7 +132,7 @@ class Plan:
         target: the target, in the words of the config.
         touched: names of the layers, groups or blocks it may change.
         macs_kept: fraction of the dense trajectory's MACs (aten) at the target.
-        parameters_kept: parameters that are not zero, of all networks of the result together.
+        parameters_kept: parameters that are not zero; None where only the run decides.
         holds_teacher: whether training holds a frozen copy of the network on the device.
     """
 
@@ -140,7 +140,7 @@ class Plan:
     target: str
     touched: tuple[str, ...]
     macs_kept: float
-    parameters_kept: int
+    parameters_kept: int | None
     holds_teacher: bool = False
 
 

@@ -93,5 +93,7 @@ def build_module(config: dict[str, Any]) -> PruningModule:
     methods.discover()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PruningModule, "model")
-    module: PruningModule = parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model
+    # Renamed in jsonargparse 4.49.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    module: PruningModule = instantiate(parser.parse_object({"model": config["model"]})).model
     return module

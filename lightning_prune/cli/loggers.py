@@ -117,7 +117,7 @@ class TrackedRun(WandbLogger):
 
     def __init__(self, settings: RunSettings, folder: Path) -> None:
         offline = settings.wandb == "offline"
-        if not offline and rank_zero_only.rank == 0 and (silence := _silence()):
+        if not offline and getattr(rank_zero_only, "rank", 0) == 0 and (silence := _silence()):
             warnings.warn(
                 f"{silence}; recorded offline, wandb sync {folder}/wandb/offline-run-* sends it", stacklevel=2
             )

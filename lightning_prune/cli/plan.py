@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from lightning_prune.blocks import BlockGraph
 from lightning_prune.cli import plan_text
@@ -15,8 +15,8 @@ from lightning_prune.cli.export import build_module
 from lightning_prune.cli.preflight import parse
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.pretrained import without_weights
-from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.metrics.macs import Ledger, count_denoiser, macs_per_image
+from lightning_prune.diffusion.solvers import Sampler, SamplerName
+from lightning_prune.metrics.macs import Ledger, macs_per_image
 from lightning_prune.metrics.reach import (
     EXPLANATIONS,
     Axis,
@@ -78,7 +78,7 @@ def _check(target: Mapping[str, Any], macs_kept: float | None) -> None:
 def describe(module: PruningModule, config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The plan of a module built without weights, as `--json` prints it."""
     denoiser = module.denoiser
-    ledger, plan, sampler = count_denoiser(denoiser), module.planned(), sampler_of(config, module)
+    ledger, plan, sampler = module.ledger(), module.planned(), sampler_of(config, module)
     calls = sampler.calls(module.process)
     per_image = macs_per_image(ledger.macs(), calls, sampler.guidance)
     found, refusal = graphs(denoiser)
@@ -106,7 +106,7 @@ def sampler_of(config: Mapping[str, Any], module: PruningModule) -> Sampler:
             settings = callback.get("init_args") or {}
     usual = "flow-euler" if module.process.is_flow else "ddim"
     name = usual if module.process.is_flow else settings.get("sampler") or usual
-    return Sampler(name, settings.get("steps", 20), settings.get("guidance", 1.0))
+    return Sampler(cast(SamplerName, name), settings.get("steps", 20), settings.get("guidance", 1.0))
 
 
 def _network(denoiser: Denoiser, ledger: Ledger) -> dict[str, Any]:
@@ -171,8 +171,8 @@ def _reach(
 
 def _target(module: PruningModule, plan: Plan, per_image: int) -> dict[str, Any]:
     before = sum(p.numel() for p in module.denoiser.parameters())
-    # Zeros are stored; only tensors that are really smaller take less memory.
-    stored = plan.parameters_kept if plan.axis == "widths" else before
+    # Zeros and skipped blocks are stored; of widths only the run knows what is left, in all stages together.
+    stored = None if plan.parameters_kept is None else _SINGLE * before
     return {
         "method": type(module).__name__,
         "axis": plan.axis,
@@ -184,7 +184,7 @@ def _target(module: PruningModule, plan: Plan, per_image: int) -> dict[str, Any]
         "parameters_before": before,
         "parameters_after": plan.parameters_kept,
         "bytes_before": _SINGLE * before,
-        "bytes_after": _SINGLE * stored,
+        "bytes_after": stored,
     }
 
 

@@ -23,7 +23,8 @@ def _head(plan: Mapping[str, Any]) -> Iterator[str]:
     groups = ", ".join(f"{count} of {kind}" for kind, count in network["width_groups"].items()) or "none"
     yield f"{plan['config']}: {plan['method']} on {network['class']} ({network['weights'] or 'not pretrained'})"
     yield f"  parameters   {_millions(network['parameters'])}, {_gib(network['bytes'])} in single precision"
-    yield f"  one call     {_giga(call['aten'])} MACs (aten), {_giga(call['module'])} (module), {_giga(call['linear'])} (linear)"
+    conventions = ", ".join(f"{_giga(call[name])} ({name})" for name in ("aten", "module", "linear"))
+    yield f"  one call     MACs: {conventions}"
     yield f"  an image     {sampling['solver']}, {sampling['calls']} calls, guidance {sampling['guidance']:g}: " + (
         f"{_giga(sampling['macs_per_image'])} MACs (aten)"
     )
@@ -57,16 +58,20 @@ def _target(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"  MACs an image   {_giga(target['macs_per_image_before'])} to {_giga(target['macs_per_image_after'])} " + (
         f"({target['macs_kept']:.4f} kept)"
     )
+    if target["parameters_after"] is None:
+        yield f"  parameters      {_millions(target['parameters_before'])}; what is left, the run decides"
+        return
     yield f"  parameters      {_millions(target['parameters_before'])} to {_millions(target['parameters_after'])}"
-    stored = "" if target["axis"] == "widths" else " (zeros and skipped blocks are stored like anything else)"
-    yield f"  weights         {_gib(target['bytes_before'])} to {_gib(target['bytes_after'])} in single precision{stored}"
+    sizes = f"{_gib(target['bytes_before'])} to {_gib(target['bytes_after'])}"
+    yield f"  weights         {sizes} in single precision (zeros and skipped blocks are stored like anything else)"
 
 
 def _training(plan: Mapping[str, Any]) -> Iterator[str]:
     memory = plan["training_memory"]
     parts = ", ".join(f"{name} {_gib(memory[name])}" for name in _MEMORY if memory[name])
     yield ""
-    yield f"Training memory, about {_gib(memory['total'])} a device at batch size {memory['batch_size']}, {memory['precision']}"
+    at = f"at batch size {memory['batch_size']}, {memory['precision']}"
+    yield f"Training memory, about {_gib(memory['total'])} a device {at}"
     yield f"  {parts}; without workspaces, or the saving of activation checkpointing or sharding"
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import wandb
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
 import lightning_prune.callbacks
 import lightning_prune.data  # noqa: F401

@@ -41,7 +41,9 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        # Kernels lay heads side by side behind the tokens, so that joining them again copies nothing.
+        *batch, heads, length, _ = query.shape
+        output = query.new_empty((*batch, length, heads, value.shape[-1])).transpose(-3, -2)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from lightning_prune.sharding.network import full
@@ -80,7 +80,7 @@ class ShardedAverage(EMAWeightAveraging):
         if "current_model_state" not in checkpoint:
             return
         self.average.updates = int(checkpoint["averaging_state"]["n_averaged"])
-        current: dict[str, Tensor] = checkpoint["current_model_state"]
+        current: dict[str, Any] = checkpoint["current_model_state"]
         set_model_state_dict(pl_module, current, options=StateDictOptions(full_state_dict=True))
 
     def _swap_models(self, pl_module: pl.LightningModule) -> None:

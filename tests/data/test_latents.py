@@ -1,6 +1,7 @@
 """Cached latents: what they hold, that a killed run leaves no trace, that training needs nothing else."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lightning_prune.cli import main
 from lightning_prune.data import CachedLatents, ImageFolder, latent_cache
 from lightning_prune.data.latent_files import write_shard
 from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.diffusion.models.unet2d_condition import UNet2DCondition
 from lightning_prune.diffusion.process import Process
 from lightning_prune.methods.dense import Dense
 from lightning_prune.protocols import InputError
@@ -131,6 +134,17 @@ def test_an_interrupted_run_leaves_whole_shards_only(source: Path, monkeypatch: 
     monkeypatch.setattr(latent_cache, "write_shard", interrupted)
     assert main(arguments(source, source / "out")) == 130
     assert set(content(source / "out")) == {"progress.json", "train-00000.safetensors"}
+
+
+def test_the_command_takes_a_config(source: Path) -> None:
+    assert main(arguments(source, source / "out")) == 0
+    data = {"class_path": "lightning_prune.data.ImageFolder"}
+    arguments_of_data = {"root": str(source / "pictures"), "size": 8, "kept": 0.2, "workers": 1}
+    config = {"pipeline": str(source / "vae"), "output": str(source / "second"), "batch_size": 8, "shard_size": 32}
+    file = source / "cache.yaml"
+    file.write_text(yaml.safe_dump({**config, "device": "cpu", "data": {**data, "init_args": arguments_of_data}}))
+    assert main(["cache-latents", "--config", str(file)]) == 0
+    assert content(source / "second") == content(source / "out")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +331,33 @@ def test_captions_are_encoded_as_the_pipeline_does(captioned: Path) -> None:
     batch = next(iter(data.train_dataloader()))
     assert batch["cond"]["prompt_embeds"].shape == (4, 12, 8)
     assert data.prompts(3)["cond"]["prompt_embeds"].shape == (3, 12, 8)
+
+
+def text_network(root: Path) -> Dense:
+    null = root / "out" / "null_prompt.safetensors"
+    network = UNet2DCondition(weights=str(root / "pipeline"), null_prompt=str(null))
+    return Dense(network, Process(clip_sample=False), seed=0, label_dropout=0.5)
+
+
+def test_a_text_network_trains_on_cached_captions(captioned: Path) -> None:
+    assert cached_captions(captioned) == 0
+    shutil.rmtree(captioned / "pictures")
+    data = CachedLatents(str(captioned / "out"), batch_size=8, seed=1)
+    found = losses(text_network(captioned), data, captioned / "run", steps=4)
+    assert len(set(found)) == 4
+    assert all(map(math.isfinite, found))
+
+
+def test_a_text_network_is_not_given_labels_or_pictures(captioned: Path) -> None:
+    assert cached_captions(captioned) == 0
+    pictures = ImageFolder(str(captioned / "pictures"), size=8, kept=0.2, captions="files", batch_size=8)
+    with pytest.raises(InputError, match="samples of 3x8x8"):
+        losses(text_network(captioned), pictures, captioned / "run")
+    assert main(arguments(captioned, captioned / "labels")) == 0
+    with pytest.raises(InputError, match="takes embedded prompts"):
+        losses(text_network(captioned), CachedLatents(str(captioned / "labels"), batch_size=8), captioned / "run")
+    with pytest.raises(InputError, match="comes with embedded prompts"):
+        losses(latent_dit(), CachedLatents(str(captioned / "out"), batch_size=8), captioned / "run")
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])

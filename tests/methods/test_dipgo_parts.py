@@ -95,6 +95,23 @@ def test_gates_drawn_at_a_budget_cost_it(make: Any) -> None:
         assert sum(kept) / len(kept) == pytest.approx(budget, abs=0.03)
 
 
+@pytest.mark.parametrize("make", GRAPHS)
+def test_gates_gain_only_by_what_they_are_worth_beyond_their_price(make: Any) -> None:
+    """A rise of all scores in proportion to cost changes no gate, so no loss has a gradient that way."""
+    graph = make()
+    costs = BlockCosts(tuple(range(3, 3 + len(graph))), 1, idle=1 if graph.independent else 0)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, len(graph), generator=generator, dtype=torch.float64).requires_grad_()
+    uniforms = torch.rand(5, 6, len(graph), generator=generator, dtype=torch.float64)
+    budgets = torch.full((5,), 0.5, dtype=torch.float64)
+    worth = torch.rand(6, 5, len(graph), generator=generator, dtype=torch.float64)
+    drawn = budgeted_gates(scores, budgets, uniforms, graph, costs)
+    (gradient,) = torch.autograd.grad((drawn.run * worth).sum(), scores)
+    prices = torch.tensor(costs.blocks, dtype=torch.float64)
+    assert float((gradient * prices).sum().abs()) < 1e-6 * float((gradient.abs() * prices).sum())
+    assert float(gradient.abs().max()) > 0
+
+
 def test_the_published_sparsity_loss_at_all_keep() -> None:
     graph, costs = sd15_graph("coarse")
     drawn = published_gates(torch.ones(50, 9), graph, costs)

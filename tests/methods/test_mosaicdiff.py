@@ -14,6 +14,7 @@ from torch import Tensor
 import lightning_prune
 from lightning_prune.callbacks import ArtifactWriter, LastCheckpoint
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe
@@ -25,6 +26,7 @@ from lightning_prune.methods.mosaicdiff.plan import (
     timesteps_of,
     visited_timesteps,
 )
+from lightning_prune.methods.mosaicdiff.pruner import parameters_held
 from lightning_prune.methods.mosaicdiff.sensitivity import interpolated
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError
@@ -109,6 +111,23 @@ def test_the_run_leaves_tables_drawings_and_an_artefact(run: tuple[MosaicDiff, P
     assert torch.equal(pruned.sample_images(torch.arange(3), torch.tensor([1, 5, 9]), Sampler(steps=4)), images(result))
 
 
+def test_parameters_held_are_counted(run: tuple[MosaicDiff, Path]) -> None:
+    for pruned in run[0].results().values():
+        found = run[0].parameters_of(pruned)
+        assert found["shared"] <= found["stitched"]
+        if all(k > 0 for row in pruned.removed for k in row):  # or stages share what one of them leaves whole
+            assert found["shared"] == parameters_held(run[0].denoiser, pruned.problem, pruned.removed)
+
+
+def test_what_is_planned_is_what_a_uniform_recipe_does(run: tuple[MosaicDiff, Path]) -> None:
+    planned = module(recipe=RIVALS["magnitude"]).planned()
+    pruned = run[0].results()["magnitude"]
+    assert planned.axis == "widths"
+    assert planned.macs_kept == 1 - pruned.denoiser.facts["macs_removed"]
+    assert set(planned.touched) == {group.name for group in pruned.problem.groups}
+    assert planned.parameters_kept == sum(p.numel() for p in pruned.denoiser.parameters())
+
+
 def test_variants_are_named_before_they_exist() -> None:
     fresh = module(rivals={"published": Recipe("published")})
     assert list(fresh.variants()) == ["dense", "published", "mosaicdiff measured"]
@@ -121,6 +140,22 @@ def test_nothing_to_remove_is_the_dense_network(tmp_path: Path) -> None:
         assert torch.equal(images(result.denoiser), images(pruned.denoiser))
         held = {p.data_ptr() for p in result.denoiser.parameters()}
         assert held == {p.data_ptr() for p in pruned.denoiser.parameters()}
+
+
+class Asking(pl.Callback):
+    """Asks for variants in the middle of the calibration, as a grid of samples does on one process."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        assert pl_module.variants()["mosaicdiff measured"].denoiser is pl_module.denoiser
+
+
+def test_asking_too_early_changes_nothing(tmp_path: Path) -> None:
+    asked = calibrate(module(), tmp_path / "asked", callbacks=[Asking()])
+    plain = calibrate(module(), tmp_path / "plain")
+    assert (
+        asked.results()["mosaicdiff measured"].denoiser.facts == plain.results()["mosaicdiff measured"].denoiser.facts
+    )
+    assert isinstance(asked.variants()["mosaicdiff measured"].denoiser, StagedDenoiser)
 
 
 class SaveAfter(Checkpoint):

@@ -69,5 +69,5 @@ class PixArt(TextDenoiser):
 
     def blocks(self, granularity: str) -> BlockGraph:
         """Transformer blocks ("block"), or their two attentions and feed-forward parts ("half")."""
-        names = [f"transformer_blocks.{i}" for i in range(len(self.network.transformer_blocks))]
+        names = [f"transformer_blocks.{i}" for i in range(self.stored.num_layers)]
         return transformer_blocks(names, _PARTS, granularity)

@@ -45,6 +45,8 @@ class UViT(TextDenoiser):
         self.takes_text = stored.clip_dim is not None
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        if not self.takes_text:
+            return {}
         return {"prompt_embeds": (self.stored.num_clip_token, self.stored.clip_dim)}
 
     def blank_condition(self, batch: int, device: torch.device | str) -> Condition:

@@ -79,12 +79,12 @@ def rule(name: Control, problem: GateProblem, budget: float, seed: int = 0) -> G
     """A schedule that no search found.
 
     * whole-steps: full steps at equal distances; the others run no block.
-    * uniform-reuse: every second step at most in full, the others the blocks around the output, as many as the budget
-      pays for: DeepCache (Ma et al. 2024) on U-Nets.
+    * uniform-reuse: full steps at equal distances; the others run the blocks around the output, as DeepCache does on
+      U-Nets (Ma et al. 2024).
     * random-gates: the solver with random scores.
 
     Raises:
-        InputError: a budget that does not pay for two steps, or for the blocks nearest to the output.
+        InputError: a budget that does not pay for the first step.
     """
     if name == "random-gates":
         draw = random.Random(seed)
@@ -100,11 +100,8 @@ def rule(name: Control, problem: GateProblem, budget: float, seed: int = 0) -> G
 
 
 def _shallow_reuse(problem: GateProblem, budget: float) -> list[Row] | None:
-    """The deepest steps of reuse with which the budget still pays for a full step in every five, else the shallowest.
-
-    An interval of five is where DeepCache's authors still report little loss.
-    """
-    found = [_interleaved(problem, shallow(problem.graph, depth), budget) for depth in range(1, len(problem.graph))]
+    """The deepest reuse with which the budget still pays for a full step in every five, else the shallowest."""
+    found = [_interleaved(problem, shallow(problem.graph, depth), budget) for depth in range(len(problem.graph))]
     possible = [rows for rows in found if rows is not None]
     frequent = [rows for rows in possible if 5 * sum(map(all, rows)) >= len(rows)]
     return frequent[-1] if frequent else possible[0] if possible else None
@@ -120,12 +117,12 @@ def shallow(graph: BlockGraph, depth: int) -> Row:
     return graph.running([name in inside for name in graph.names])
 
 
-def _interleaved(problem: GateProblem, shallow: Row, budget: float) -> list[Row] | None:
-    """As many full steps as the budget pays for at equal distances, `shallow` ones between them."""
+def _interleaved(problem: GateProblem, between: Row, budget: float) -> list[Row] | None:
+    """As many full steps as the budget pays for at equal distances, and a row for those between them."""
     steps, total = problem.steps, budget * problem.costs.dense * problem.steps * (1 + 1e-12)
-    cheap = problem.costs.step(shallow)
+    cheap = problem.costs.step(between)
     count = int((total - steps * cheap) // max(1, problem.costs.dense - cheap)) if cheap < problem.costs.dense else 0
     if count < 1:
         return None
     full = {round(i * steps / min(count, steps)) for i in range(min(count, steps))}
-    return [problem.graph.full() if step in full else shallow for step in range(steps)]
+    return [problem.graph.full() if step in full else between for step in range(steps)]

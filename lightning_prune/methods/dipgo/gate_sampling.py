@@ -3,7 +3,8 @@
 *Budgeted*: every sample of a batch draws gates of its own, at a budget of its own. A gate is open with probability
 sigmoid((s - tau c) / temperature), where c is the block's cost and tau, one a sample, is set so that the exact expected
 cost is the budget: the Lagrangian form of the solver's problem. Some gates are shut from the first step on, so the
-consistency loss has a gradient from the first step on, and no weight has to balance it with a cost.
+consistency loss has a gradient from the first step on, and no weight has to balance it with a cost. tau moves with the
+scores: a gate gains only by what it is worth beyond the average at its price, for nearly all are worth something.
 
 *Published*: every gate is open whose score is positive; nothing is drawn.
 """
@@ -42,9 +43,8 @@ def budgeted_gates(
     """Gates that keep `budgets` [B] in expectation, drawn with `uniforms` [B, T, N]."""
     prices = torch.tensor(costs.blocks, dtype=scores.dtype, device=scores.device)
     prices = prices / prices.mean()
-    with torch.no_grad():
-        tau = threshold(scores, budgets, prices, graph, costs, temperature)
-    probabilities = torch.sigmoid((scores - tau.view(-1, 1, 1) * prices) / temperature)
+    tau = threshold(scores, budgets, prices, graph, costs, temperature)
+    probabilities = _open(scores, tau, prices, temperature)
     gates = straight_through(probabilities, (uniforms < probabilities).to(scores.dtype))
     expected = running(probabilities, graph)
     return DrawnGates(
@@ -57,15 +57,30 @@ def budgeted_gates(
 def threshold(
     scores: Tensor, budgets: Tensor, prices: Tensor, graph: BlockGraph, costs: BlockCosts, temperature: float
 ) -> Tensor:
-    """The price of cost tau [B] at which the expected kept fraction is each budget, by bisection."""
-    reach = float(scores.abs().max()) / float(prices.min().clamp(min=1e-3)) + 40 * temperature
-    low, high = torch.full_like(budgets, -reach), torch.full_like(budgets, reach)
-    for _ in range(_ROUNDS):
-        middle = (low + high) / 2
-        open_ = torch.sigmoid((scores - middle.view(-1, 1, 1) * prices) / temperature)
-        dear = _trajectory_cost(running(open_, graph), graph, costs) > budgets
-        low, high = torch.where(dear, middle, low), torch.where(dear, high, middle)
-    return (low + high) / 2
+    """The price of cost tau [B] at which the expected kept fraction is each budget, differentiable in the scores.
+
+    Found by bisection; its gradient is that of the implicit function, by a Newton step that is zero in value.
+    """
+
+    def cost(tau: Tensor) -> Tensor:
+        return _trajectory_cost(running(_open(scores, tau, prices, temperature), graph), graph, costs)
+
+    with torch.no_grad():
+        reach = float(scores.abs().max()) / float(prices.min().clamp(min=1e-3)) + 40 * temperature
+        low, high = torch.full_like(budgets, -reach), torch.full_like(budgets, reach)
+        for _ in range(_ROUNDS):
+            middle = (low + high) / 2
+            dear = cost(middle) > budgets
+            low, high = torch.where(dear, middle, low), torch.where(dear, high, middle)
+    tau = ((low + high) / 2).requires_grad_()
+    kept = cost(tau)
+    (slope,) = torch.autograd.grad(kept.sum(), tau, retain_graph=True)
+    return tau.detach() - (cost(tau.detach()) - kept.detach()) / slope.clamp(max=-1e-9)
+
+
+def _open(scores: Tensor, tau: Tensor, prices: Tensor, temperature: float) -> Tensor:
+    """Probabilities [B, T, N] of open gates at prices tau [B]."""
+    return torch.sigmoid((scores - tau.view(-1, 1, 1) * prices) / temperature)
 
 
 def _trajectory_cost(run: Tensor, graph: BlockGraph, costs: BlockCosts) -> Tensor:

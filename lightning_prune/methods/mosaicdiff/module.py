@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -28,11 +29,11 @@ from lightning_prune.methods.mosaicdiff.plan import (
     stages_for,
     visited_timesteps,
 )
-from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, check_reach
+from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, expected_removal, parameters_held
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe
 from lightning_prune.module import Batch, PruningModule
-from lightning_prune.protocols import InputError
+from lightning_prune.protocols import InputError, Plan
 from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.frozen import Shared
 from lightning_prune.pruning.stages import Stage, stage_at, stages_of
@@ -109,7 +110,7 @@ class MosaicDiff(PruningModule):
         self._importance: dict[str, Tensor] = {}
         self._probe_cond: Condition | None = None
         self._calibrated_on = hashlib.sha256().hexdigest()
-        self._summed = False
+        self._summed = self._calibrated = False
         self._pruned: Shared[dict[str, Pruned]] = Shared({})
 
     @property
@@ -147,7 +148,7 @@ class MosaicDiff(PruningModule):
             power = self.trainer.strategy.reduce(batch["x"].square().mean().to(self.device), reduce_op="mean")
             self.power = float(power)
         for recipe in self._recipes().values():
-            check_reach(self.denoiser, self.grid, self.power, recipe, self.target)
+            expected_removal(self.denoiser, self.grid, self.power, recipe, self.target)
         self._probe_cond = self._same_everywhere(move(_rows(batch["cond"], self.probe_images), self.device))
         partitions = [stages_for(recipe, self.grid, self.power) for recipe in self._recipes().values()]
         self._make_statistics(refine(partitions))
@@ -267,7 +268,9 @@ class MosaicDiff(PruningModule):
         needed = refine(stages_for(recipe, self.grid, self.power or 1.0) for recipe in self._recipes().values())
         if needed != self._bins:
             raise InputError("ckpt_path: its statistics were kept apart at other stages than these recipes have")
-        if self.global_rank == 0:  # the sum over processes stays with one of them
+        # While more is to come, what all processes have seen stays with one of them.
+        self._summed = not self._calibrating()
+        if self._summed or self.global_rank == 0:
             assert self._curvature is not None
             self._curvature.load(state)
             self._importance = dict(state["importance"])
@@ -279,14 +282,32 @@ class MosaicDiff(PruningModule):
         total: Tensor = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
         return total.cpu()
 
+    # Planned
+
+    def planned(self) -> Plan:
+        """Widths at the target; which units go in which stage depends on the data.
+
+        Raises:
+            InputError: more is to be removed than can be.
+        """
+        for recipe in self._recipes().values():
+            check_reach(self.denoiser, self.grid, self.power or 1.0, recipe, self.target)
+        names = tuple(group.name for group in self.denoiser.groups())
+        return Plan("widths", f"removing {self.target:g}", names, macs_kept=1 - self.target, parameters_kept=None)
+
     # Results
 
     def results(self) -> dict[str, Pruned]:
-        """Every recipe's result by row name; nothing before a batch was seen."""
-        if not self._pruned.value and self._curvature is not None and float(self._curvature.rows.sum()) > 0:
+        """Every recipe's result by row name; nothing before calibration has ended."""
+        if not self._pruned.value and self._curvature is not None and not self._calibrating():
             with torch.random.fork_rng(devices=[]):
                 self._pruned.value = self._prune()
         return self._pruned.value
+
+    def _calibrating(self) -> bool:
+        """Whether batches may follow. Callbacks that ask on one process only must not set off a sum over all."""
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return fitting and not self._calibrated
 
     def _prune(self) -> dict[str, Pruned]:
         assert self._curvature is not None
@@ -314,6 +335,7 @@ class MosaicDiff(PruningModule):
 
     def write_results(self, trainer: pl.Trainer) -> None:
         """Prune, write and log the stages, then let callbacks work on the result."""
+        self._calibrated = True
         for name, pruned in self.results().items():
             if trainer.is_global_zero:
                 self._write(trainer, name, pruned)
@@ -324,10 +346,13 @@ class MosaicDiff(PruningModule):
         rows, widths = drawings.stage_table(pruned), drawings.widths_table(pruned)
         curve = drawings.cost_error_curve(pruned)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"stages": rows, "widths": widths, "cost_error": curve, "facts": pruned.denoiser.facts}
+        held = self.parameters_of(pruned)
+        content: dict[str, Any] = {"stages": rows, "widths": widths, "cost_error": curve, "parameters": held}
+        content["facts"] = pruned.denoiser.facts
         (folder / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / f"{stem}.svg").write_text(drawings.allocation_svg(pruned, name))
-        Console().print(f"{name}\n{drawings.table_text(rows)}", highlight=False)
+        parameters = ", ".join(f"{kind} {count / 1e6:.2f} M" for kind, count in held.items())
+        Console().print(f"{name}\n{drawings.table_text(rows)}\nparameters: {parameters}", highlight=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 for key, table in (("stages", rows), ("widths", widths), ("cost_error", curve)):
@@ -342,6 +367,27 @@ class MosaicDiff(PruningModule):
         for name in self._recipes():
             found[name] = Variant(results[name].denoiser) if name in results else dense
         return found
+
+    def parameters_of(self, pruned: Pruned) -> dict[str, int]:
+        """Parameters of the dense network, of all stages with what they share once, and of as many whole networks."""
+        return {
+            "dense": sum(p.numel() for p in self.denoiser.parameters()),
+            "shared": sum(p.numel() for p in pruned.denoiser.parameters()),
+            "stitched": sum(p.numel() for network in pruned.denoiser.networks for p in network.parameters()),
+        }
+
+    def planned(self) -> Plan:
+        """Widths at the target; a recipe that measures is planned as a uniform one."""
+        power = self.power or 1.0
+        problem, removed = expected_removal(self.denoiser, self.grid, power, self.recipe, self.target)
+        wanted = self.recipe.sparsity
+        return Plan(
+            axis="widths",
+            target=f"{self.target:g} of MACs removed" if wanted is None else f"{wanted:g} of units removed",
+            touched=tuple(group.name for group in problem.groups),
+            macs_kept=problem.macs(removed) / problem.dense_macs,
+            parameters_kept=parameters_held(self.denoiser, problem, removed),
+        )
 
     def sample_images(
         self, ids: Tensor, cond: Condition, sampler: Sampler, seed: int = 0, on_step: OnStep | None = None

@@ -94,6 +94,8 @@ class Pruner:
         stages = stages_for(recipe, self.grid, self.power)
         removals = self.removals(stages, recipe)
         problem = self.problem(stages, recipe, removals)
+        if recipe.allocation == "measured" and recipe.sensitivity != "layer":
+            problem = replace(problem, errors=measured_errors(self, stages, recipe, removals, problem))
         removed = self._allocate(recipe, target, stages, removals, problem)
         facts = {
             "recipe": asdict(recipe),
@@ -170,8 +172,8 @@ class Pruner:
     # Allocation
 
     def problem(self, stages: Sequence[Stage], recipe: Recipe, removals: list[list[Removal]]) -> Problem:
-        """What there is to allocate, with errors of single layers."""
-        errors = [[removal.errors for removal in row] for row in removals]
+        """What there is to allocate, with relative errors of single layers summed over the steps of a stage."""
+        errors = [[removal.errors * s.steps for removal in row] for s, row in zip(stages, removals, strict=True)]
         steps = [stage.steps for stage in stages]
         return Problem(self.groups, self.unit_macs, self.call_macs, steps, errors, recipe.maximum)
 
@@ -189,11 +191,7 @@ class Pruner:
         if recipe.allocation == "learned":
             continuous = relaxation.learn(self.dense, self.probe, problem, removals, stages, budget, recipe.evaluations)
             return give_back(problem, continuous, budget)
-        if recipe.sensitivity == "layer":
-            weighted = [[curve * s for curve in row] for row, s in zip(problem.errors, problem.steps, strict=True)]
-        else:
-            weighted = measured_errors(self, stages, recipe, removals, problem)
-        return dynamic(replace(problem, errors=weighted), budget)
+        return dynamic(problem, budget)
 
     def drift_of(self, stages: list[Stage], recipe: Recipe, removals: list[list[Removal]]) -> Any:
         """From an allocation to the mean squared difference of its images from the dense network's."""
@@ -243,24 +241,42 @@ def rule_of(recipe: Recipe, stages: Sequence[Stage], grid: Grid, power: float) -
     return lambda average: published_sparsities(means, stages, average, recipe.maximum)
 
 
-def check_reach(dense: Denoiser, grid: Grid, power: float, recipe: Recipe, target: float) -> None:
-    """Whether a recipe can remove a share `target` of the MACs, before there are statistics.
-
-    Raises:
-        InputError: it cannot; the message names the largest share it can remove.
-    """
+def shape_problem(dense: Denoiser, grid: Grid, power: float, recipe: Recipe) -> Problem:
+    """What there is to remove by a recipe, with no errors: known before there are statistics."""
     groups, ledger = list(dense.groups()), count_denoiser(dense)
     stages = stages_for(recipe, grid, power)
     errors = [[torch.zeros(group.units) for group in groups] for _ in stages]
     units = [unit_macs(ledger, group) for group in groups]
-    problem = Problem(groups, units, ledger.macs(), [s.steps for s in stages], errors, recipe.maximum)
-    rule = rule_of(recipe, stages, grid, power) if recipe.allocation in ("published", "uniform") else None
-    if recipe.sparsity is not None and rule is not None:
-        rule(recipe.sparsity)
-        return
-    budget = problem.budget(target)
-    if rule is not None:
-        solve_level(problem, rule, budget)
+    return Problem(groups, units, ledger.macs(), [s.steps for s in stages], errors, recipe.maximum)
+
+
+def expected_removal(
+    dense: Denoiser, grid: Grid, power: float, recipe: Recipe, target: float
+) -> tuple[Problem, Removed]:
+    """What a recipe would remove; recipes that measure are taken as uniform, whose MACs they share.
+
+    Raises:
+        InputError: the target is out of reach; the message names the largest share of MACs that is not.
+    """
+    problem, stages = shape_problem(dense, grid, power, recipe), stages_for(recipe, grid, power)
+    follows = recipe if recipe.allocation == "published" else replace(recipe, allocation="uniform")
+    rule = rule_of(follows, stages, grid, power)
+    if recipe.sparsity is not None:
+        return problem, uniform_in_stages(problem, rule(recipe.sparsity))
+    return problem, solve_level(problem, rule, problem.budget(target))[1]
+
+
+def parameters_held(dense: Denoiser, problem: Problem, removed: Removed) -> int:
+    """Parameters of all stages together, those that none cuts once."""
+    parameters = dict(dense.network.named_parameters())
+    cut = {cut.parameter for group in problem.groups for cut in group.cuts}
+    units = [sum(parameters[c.parameter].numel() for c in group.cuts) // group.units for group in problem.groups]
+    kept = sum(
+        unit * (group.units - count)
+        for row in removed
+        for unit, group, count in zip(units, problem.groups, row, strict=True)
+    )
+    return sum(p.numel() for name, p in parameters.items() if name not in cut) + kept
 
 
 def unit_macs(ledger: Ledger, group: WidthGroup) -> int:

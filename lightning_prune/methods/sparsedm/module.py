@@ -18,7 +18,6 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.sparsedm.loss import sparsedm_loss
 from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
-from lightning_prune.metrics.macs import count_denoiser
 from lightning_prune.module import Batch, LrSchedule, PruningModule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
@@ -196,7 +195,7 @@ class SparseDM(PruningModule):
             axis="weights",
             target=str(self.target_sparsity),
             touched=tuple(self.masks.layers),
-            macs_kept=float(count_denoiser(self.denoiser).kept_share(patterns)),
+            macs_kept=float(self.ledger().kept_share(patterns)),
             parameters_kept=round(sum(p.numel() for p in self.denoiser.parameters()) - zeros),
             holds_teacher=self.distill_weight > 0,
         )

@@ -1,0 +1,107 @@
+"""Controls and baselines: rules at equal cost, searches that only draw samples."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_prune.blocks import BlockCosts, GateSchedule
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.methods.dipgo import GateRule
+from lightning_prune.methods.dipgo.controls import Control, GateProblem, kept_steps, rule, shallow
+from lightning_prune.methods.dipgo.rules import bred, shut_alone
+from lightning_prune.protocols import InputError
+from lightning_prune.pruning.budget import solve
+from tests.factories import fit, tiny_dit, tiny_unet
+from tests.test_blocks import sd15_graph
+
+PROCESS = Process(schedule="cosine", prediction="v")
+
+
+def problem(make: Any = tiny_unet, granularity: str = "fine", mode: Any = "output", steps: int = 10) -> GateProblem:
+    graph = make().blocks(granularity).in_mode(mode)
+    costs = BlockCosts(tuple(range(5, 5 + len(graph))), 1, idle=1 if graph.independent else 0)
+    return GateProblem(graph, mode, costs, PROCESS, Sampler(steps=steps))
+
+
+@pytest.mark.parametrize("name", ["whole-steps", "uniform-reuse", "random-gates"])
+@pytest.mark.parametrize("budget", [0.3, 0.55, 0.8])
+@pytest.mark.parametrize("kind", [("fine", "output"), ("coarse", "output"), ("half", "residual"), ("block", "output")])
+def test_rules_keep_their_budget(name: Control, budget: float, kind: Any) -> None:
+    given = problem(tiny_unet if kind[0] in ("fine", "coarse") else tiny_dit, kind[0], kind[1], 20)
+    found = rule(name, given, budget)
+    assert given.costs.kept(found.rows) <= budget + 1e-12
+    assert all(given.graph.running(row) == row for row in found.rows)
+    if name == "whole-steps":
+        assert found.skips_only_whole_steps()
+        full = [step for step, row in enumerate(found.rows) if all(row)]
+        gaps = [b - a for a, b in zip(full, [*full[1:], 20], strict=True)]
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_shallow_rows_are_those_of_deepcache() -> None:
+    graph, _ = sd15_graph("coarse")
+    ran = [{n for n, runs in zip(graph.names, shallow(graph, depth), strict=True) if runs} for depth in (1, 2, 3)]
+    assert ran == [{"U0", "D0"}, {"U0", "U1", "D0", "D1"}, {"U0", "U1", "U2", "D0", "D1", "D2"}]
+    fine, _ = sd15_graph("fine")
+    names = {n for n, runs in zip(fine.names, shallow(fine, 3), strict=True) if runs}
+    assert names == {"u0", "u1", "u2", "d1", "d2"}
+
+
+def test_the_kept_steps_of_a_schedule_of_whole_steps_are_its_own() -> None:
+    given = problem(steps=10)
+    rows = [given.graph.full() if step in (0, 3, 8) else (False,) * len(given.graph) for step in range(10)]
+    sampler = kept_steps(given, given.schedule(rows), 3)
+    assert sampler.timesteps == (999, 699, 199)
+    with pytest.raises(InputError, match="out of reach"):
+        rule("whole-steps", given, 0.05)
+
+
+def distance_from(best: list[list[float]]) -> Any:
+    def loss(schedule: GateSchedule) -> float:
+        pairs = [
+            pair for row, wanted in zip(schedule.rows, best, strict=True) for pair in zip(row, wanted, strict=True)
+        ]
+        return sum(worth for runs, worth in pairs if not runs)
+
+    return loss
+
+
+def test_shutting_alone_finds_what_each_gate_is_worth() -> None:
+    given = problem(tiny_dit, "half", "residual", steps=4)
+    chance = random.Random(0)
+    worth = [[chance.random() for _ in given.graph.names] for _ in range(4)]
+    scores = shut_alone(distance_from(worth), given)
+    assert scores[0] == [0.0] * 4
+    assert scores[1:] == worth[1:]
+
+
+def test_breeding_improves_on_its_first_generation() -> None:
+    given = problem(tiny_dit, "half", "residual", steps=12)
+    chance = random.Random(0)
+    worth = [[chance.random() for _ in given.graph.names] for _ in range(12)]
+    loss, budget = distance_from(worth), 0.5
+
+    def best(generations: int) -> float:
+        scores = bred(loss, given, budget, 12, generations, random.Random(1))
+        return float(loss(given.schedule(solve(scores, given.graph, given.costs, budget))))
+
+    assert best(12) < best(1)
+
+
+@pytest.mark.parametrize("search", ["random-gates", "uniform-reuse", "whole-steps", "greedy", "genetic"])
+def test_every_search_ends_with_a_schedule_within_its_budget(search: str, tmp_path: Path) -> None:
+    module = GateRule(
+        tiny_unet(), PROCESS, Sampler(steps=4), search, "coarse", "output", 0.6, population=3, generations=1  # type: ignore[arg-type]
+    )  # fmt: skip
+    fit(module, tmp_path, max_steps=-1, max_epochs=1, limit_train_batches=1)
+    assert module.kept_fraction()["aten"] <= 0.6
+    assert list(module.variants()) == ["dense", f"{search} 0.6"]
+    if search == "greedy":
+        scores = module.pruner.scores
+        assert isinstance(scores, torch.Tensor)
+        assert float(scores[1:].min()) >= 0
+        assert float(scores[1:].max()) > 0

@@ -88,7 +88,7 @@ class Cluster:
         """Run a program of SLURM's in the folder of jobs; its output."""
         done = subprocess.run(
             [str(part) for part in command], capture_output=True, text=True, env=self.environment, cwd=self.jobs,
-            timeout=60, check=False,
+            timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout

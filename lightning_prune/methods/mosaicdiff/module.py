@@ -282,19 +282,6 @@ class MosaicDiff(PruningModule):
         total: Tensor = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
         return total.cpu()
 
-    # Planned
-
-    def planned(self) -> Plan:
-        """Widths at the target; which units go in which stage depends on the data.
-
-        Raises:
-            InputError: more is to be removed than can be.
-        """
-        for recipe in self._recipes().values():
-            check_reach(self.denoiser, self.grid, self.power or 1.0, recipe, self.target)
-        names = tuple(group.name for group in self.denoiser.groups())
-        return Plan("widths", f"removing {self.target:g}", names, macs_kept=1 - self.target, parameters_kept=None)
-
     # Results
 
     def results(self) -> dict[str, Pruned]:

@@ -27,7 +27,7 @@ from lightning_prune.protocols import InputError, Plan, ResultHook
 from lightning_prune.pruning.frozen import Frozen, Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
-from lightning_prune.sharding import FSDP2, ShardedAverage, check_strategy
+from lightning_prune.sharding import FSDP2, ShardedAverage, check_network, check_strategy
 from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
 Batch = Mapping[str, Any]
@@ -183,6 +183,7 @@ class PruningModule(pl.LightningModule):
 
     def shard(self, mesh: Any) -> None:
         """Spread the denoiser over the processes of a device mesh; the strategy calls it."""
+        check_network(self.denoiser.network)
         with entries(self.denoiser.network) as entered:
             self._ledger = count_denoiser(self.denoiser)  # it traces a call, which is another one once sharded
         self._structure = Frozen(skeleton(self.denoiser))

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import (
 
 from lightning_prune.cli import main
 from lightning_prune.protocols import InputError
-from lightning_prune.sharding import FSDP2, check_strategy
+from lightning_prune.sharding import FSDP2, check_network, check_strategy
 from lightning_prune.sharding.network import entries, skeleton
 from tests.factories import tiny_dit, tiny_sparsedm, tiny_unet
 
@@ -61,6 +61,12 @@ def test_a_refused_strategy_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*command, "--trainer.strategy", "fsdp2", "--model.init_args.compile", "true"]) == 2
     assert "model.compile" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_networks_of_convolutions_are_not_sharded_yet() -> None:
+    check_network(tiny_dit().network)
+    with pytest.raises(InputError, match="UNet2DModel; write ddp"):
+        check_network(tiny_unet().network)
 
 
 def test_a_skeleton_has_structure_and_buffers_but_no_weights() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
 
 from lightning_prune.protocols import InputError
 from lightning_prune.sharding.strategy import FSDP2
+
+_FEW = 2
 
 
 def check_strategy(strategy: Strategy, method: str, sharded: bool, compiled: bool) -> None:
@@ -31,3 +34,13 @@ def check_strategy(strategy: Strategy, method: str, sharded: bool, compiled: boo
         raise InputError(f"{key}: {method} needs its network in one piece; write ddp")
     if isinstance(strategy, FSDP2) and compiled:
         raise InputError("model.compile: true gathers no weights under fsdp2; write false")
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse networks of convolutions, whose masks do not hold under FSDP2 yet. A transformer has one or two.
+
+    Raises:
+        InputError: naming the network.
+    """
+    if sum(isinstance(layer, nn.Conv2d) for layer in network.modules()) > _FEW:
+        raise InputError(f"trainer.strategy: fsdp2 is for transformers, not {type(network).__name__}; write ddp")

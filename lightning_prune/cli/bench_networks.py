@@ -84,9 +84,11 @@ class Task:
 
         calls = self.sampler.calls(self.process)
 
+        stepping: Any = predict if isinstance(denoiser, StepAware) else None
+
         def enter(index: int) -> None:
-            if isinstance(predict, StepAware):
-                predict.at_step(index, calls)
+            if stepping is not None:
+                stepping.at_step(index, calls)
 
         both = guided(in_type, denoiser.null_condition, self.scale, denoiser.guide)
         return lambda: integrate(both, self.process, noise, cond, self.sampler, enter)
@@ -95,7 +97,8 @@ class Task:
 def _compiled(denoiser: Any) -> Predict:
     """Compiled in the first call. Shapes are fixed, so the compiler may rely on them."""
     if not isinstance(denoiser, StepGated):
-        return torch.compile(denoiser, dynamic=False)  # type: ignore[no-any-return]
+        compiled: Predict = torch.compile(denoiser, dynamic=False)
+        return compiled
     beside = sharing_copy(denoiser)
     beside.compile_paths(dynamic=False)
     return beside

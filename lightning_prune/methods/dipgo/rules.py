@@ -95,7 +95,7 @@ class GateRule(DiPGO):
 
     def _found(self, scores: Scores) -> None:
         with torch.no_grad():
-            self.pruner.scores.copy_(torch.tensor(scores))  # type: ignore[operator, union-attr]
+            self.pruner.scores.copy_(torch.tensor(scores))  # type: ignore[operator]
 
     @torch.no_grad()
     def _loss(self, schedule: GateSchedule) -> float:
@@ -111,7 +111,7 @@ class GateRule(DiPGO):
         return consistency(images, self.teacher.images(ids, ids, cond), self.consistency_loss)
 
     def schedules(self) -> dict[str, GateSchedule]:
-        if self.search in ("greedy", "genetic"):
+        if self.search == "greedy" or self.search == "genetic":
             return super().schedules()
         budgets = sorted(self.budgets, key=lambda budget: budget == self.budget)
         return {f"{budget:g}": rule(self.search, self.problem, budget, self.seed) for budget in budgets}
@@ -150,7 +150,8 @@ def bred(
     living = ranked([drawn() for _ in range(population)])
     for _ in range(generations):
         parents = living[: max(2, population // 2)]
-        children = [_child(*chance.sample(parents, 2), chance) for _ in range(population - len(parents))]
+        pairs = [chance.sample(parents, 2) for _ in range(population - len(parents))]
+        children = [_child(one, other, chance) for one, other in pairs]
         living = ranked([*parents, *children])
     return living[0]
 

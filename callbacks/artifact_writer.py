@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import wandb
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
 
 from lightning_prune.callbacks.capability import require
 from lightning_prune.export.artifact import save_artifact
@@ -22,13 +24,25 @@ class ArtifactWriter(Callback):
 
     def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the artefact; called with the averaged weights in place, after reports."""
+        source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
+        result = list(source.variants().values())[-1].denoiser  # together: it may be gathered from all processes
         if not trainer.is_global_zero:
             return
-        source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
-        result = list(source.variants().values())[-1].denoiser
         details = {"sampler": source.process.scheduler_config, **_results(folder / "report.json")}
         files = pl_module.artifact_files() if isinstance(pl_module, ArtifactFiles) else {}
         save_artifact(result, folder / "artifact", type(pl_module).__name__.lower(), details, files)
+        _track(trainer, folder)
+
+
+def _track(trainer: pl.Trainer, folder: Path) -> None:
+    """The manifest and the report as a W&B artifact of the run; weights stay where they are."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            tracked = wandb.Artifact(f"{folder.name}-manifest", type="manifest")
+            for file in (folder / "artifact" / "pruning.json", folder / "report.json"):
+                if file.exists():
+                    tracked.add_file(str(file))
+            logger.experiment.log_artifact(tracked)
 
 
 def _results(report: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from lightning_prune.export.report import (
     costs,
     headings,
     metric_of,
+    objective,
     row,
     seconds_per_image,
     table_cells,
@@ -37,7 +38,7 @@ from lightning_prune.export.report import (
     write_report,
 )
 from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings, Score
-from lightning_prune.protocols import SparsityControl, VariantSource
+from lightning_prune.protocols import InputError, SparsityControl, VariantSource
 
 
 class EfficiencyReport(Callback):
@@ -58,6 +59,7 @@ class EfficiencyReport(Callback):
         sampler: the solver.
         sample_seed: seed of the starting noise.
         fewer_steps: also report the first network, the dense one, with as many steps as the result's MACs allow.
+        budget: fraction of MACs that the result may keep, for the `objective` of a sweep; null is no limit.
     """
 
     def __init__(
@@ -74,8 +76,12 @@ class EfficiencyReport(Callback):
         sampler: SamplerName = "ddim",
         sample_seed: int = 0,
         fewer_steps: bool = False,
+        budget: float | None = None,
     ) -> None:
         super().__init__()
+        if budget is not None and not 0 < budget <= 1:
+            raise InputError(f"EfficiencyReport.budget: {budget} is not in (0, 1]")
+        self.budget = budget
         self.settings = SamplingSettings(samples, Sampler(sampler, steps, guidance), sample_seed, batch_size, protocol)
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
         self.measurement = measurement or Measurement()
@@ -111,8 +117,12 @@ class EfficiencyReport(Callback):
         self.evaluator.to(pl_module.device)
         with torch.random.fork_rng(devices=[]):
             self.scores = self._scored(trainer, source, variants)
+            # Together: layers may be spread over processes.
+            density = pl_module.density_by_layer() if isinstance(pl_module, SparsityControl) else {}
             if trainer.is_global_zero:
-                self._write(trainer, pl_module, variants, name)
+                report = self._write(trainer, pl_module, variants, name)
+                _log_tables(trainer, density, report)
+                _log_result(trainer, report, self.budget)
 
     def row_names(self, source: VariantSource) -> list[str]:
         """Names of the rows: the method's networks, other runs' before the last, which is the result."""
@@ -139,7 +149,7 @@ class EfficiencyReport(Callback):
 
     def _write(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, variants: Mapping[str, Variant], name: str
-    ) -> None:
+    ) -> dict[str, Any]:
         process, folder = require(pl_module, VariantSource, self).process, Path(trainer.default_root_dir)
         sampler = self.settings.sampler
         seconds = seconds_per_image(variants, process, sampler, self.timed_images, self.timed_repeats)
@@ -150,7 +160,7 @@ class EfficiencyReport(Callback):
         notes = _notes(report, found)
         write_report(report, notes, self.scores, folder, name)
         _print(report, notes, folder, name)
-        _log_tables(trainer, pl_module, report)
+        return report
 
 
 def _config(trainer: pl.Trainer) -> dict[str, Any]:
@@ -190,16 +200,25 @@ def _print(report: Mapping[str, Any], notes: list[str], folder: Path, name: str)
     console.print(f"  report {folder / name}.md   artifact {folder / 'artifact'}", highlight=False)
 
 
-def _log_tables(trainer: pl.Trainer, pl_module: pl.LightningModule, report: Mapping[str, Any]) -> None:
+def _log_tables(trainer: pl.Trainer, density: Mapping[str, float], report: Mapping[str, Any]) -> None:
     for logger in trainer.loggers:
         if not isinstance(logger, WandbLogger):
             continue
         metric = metric_of(report)
         columns = ["network", metric, "low", "high", "macs_per_image", "macs_kept", "seconds_per_image"]
         logger.log_table("report", columns=columns, data=[_flat(r, metric) for r in report["rows"]])
-        if isinstance(pl_module, SparsityControl):
-            density = [[name, value] for name, value in pl_module.density_by_layer().items()]
-            logger.log_table("density", columns=["layer", "density"], data=density)
+        if density:
+            logger.log_table("density", columns=["layer", "density"], data=[list(item) for item in density.items()])
+
+
+def _log_result(trainer: pl.Trainer, report: Mapping[str, Any], budget: float | None) -> None:
+    """The result as numbers that a sweep can aim at."""
+    result, metric = report["rows"][-1], metric_of(report)
+    value, kept = result[metric]["value"], result["macs_kept"]
+    values = {"result_distance": value, "result_macs_kept": kept, "objective": objective(value, kept, budget)}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+        logger.save()
 
 
 def _flat(r: Mapping[str, Any], metric: str) -> list[Any]:

@@ -9,9 +9,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_prune.callbacks.progress import steps_done
+
 
 class LastCheckpoint(Checkpoint):
     """Write `checkpoints/last.ckpt` every n optimizer steps, before a validation pass and after the last step.
+
+    Where nothing is trained, batches count for steps.
 
     The last one is written before averaged weights are copied into the network, so a longer run can go on from it;
     `ModelCheckpoint(save_last=True)` writes it after that, or not at all. Add a `ModelCheckpoint` to keep more.
@@ -35,11 +39,11 @@ class LastCheckpoint(Checkpoint):
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint now; called on all processes."""
         trainer.save_checkpoint(self.file(trainer), weights_only=False)
-        self._saved_at = trainer.global_step
+        self._saved_at = steps_done(trainer)
         self._records_due = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved_at = trainer.global_step
+        self._saved_at = steps_done(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._save_records(trainer)
@@ -47,7 +51,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step = steps_done(trainer)
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
         if due and step != self._saved_at:
             self.save(trainer)
@@ -64,7 +68,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        if (last or trainer.should_stop) and trainer.global_step != self._saved_at:
+        if (last or trainer.should_stop) and steps_done(trainer) != self._saved_at:
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

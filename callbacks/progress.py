@@ -22,6 +22,14 @@ from rich.progress import (
 SHOWN = ("loss", "sparsity", "val_loss", "fd_fashion")
 
 
+def steps_done(trainer: pl.Trainer) -> int:
+    """Optimizer steps so far; batches where a module trains nothing."""
+    if trainer.optimizers:
+        return trainer.global_step
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(batches.processed)
+
+
 class StepProgress(ProgressBar):
     """A rich progress bar over optimizer steps instead of epochs, with a second line while sampling."""
 
@@ -62,7 +70,7 @@ class StepProgress(ProgressBar):
         if progress := self._start():
             total = trainer.estimated_stepping_batches
             self._training = progress.add_task(
-                "training", total=None if total == float("inf") else total, completed=trainer.global_step, values=""
+                "training", total=None if total == float("inf") else total, completed=steps_done(trainer), values=""
             )
 
     def on_train_batch_end(
@@ -71,7 +79,7 @@ class StepProgress(ProgressBar):
         if self._progress is not None and self._training is not None:
             metrics = trainer.progress_bar_metrics
             values = "  ".join(f"{k} {float(metrics[k]):.3g}" for k in SHOWN if k in metrics)
-            self._progress.update(self._training, completed=trainer.global_step, values=values)
+            self._progress.update(self._training, completed=steps_done(trainer), values=values)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()

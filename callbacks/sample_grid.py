@@ -68,10 +68,10 @@ class SampleGrid(Callback):
         self._draw(trainer, pl_module, "final", rows=None)
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, rows: int | None) -> None:
+        module = require(pl_module, VariantSource, self)
+        variants = list(module.variants().items())  # together: one may be gathered from all processes
         if not trainer.is_global_zero:
             return
-        module = require(pl_module, VariantSource, self)
-        variants = list(module.variants().items())
         if rows is not None and len(variants) > rows:
             variants = [variants[0], variants[-1]]
         with torch.random.fork_rng(devices=[]):

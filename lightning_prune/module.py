@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -23,10 +23,12 @@ from lightning_prune.diffusion.samplers import OnStep, sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.macs import Ledger, count_denoiser
-from lightning_prune.protocols import InputError, ResultHook
-from lightning_prune.pruning.frozen import Shared
+from lightning_prune.protocols import InputError, Plan, ResultHook
+from lightning_prune.pruning.frozen import Frozen, Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
+from lightning_prune.sharding import FSDP2, ShardedAverage, check_strategy
+from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
 Batch = Mapping[str, Any]
 _STEPS_BETWEEN_CHECKS = 50
@@ -61,6 +63,9 @@ class PruningModule(pl.LightningModule):
         compile: run the training forward through torch.compile.
     """
 
+    shardable: ClassVar[bool] = False
+    """Whether the method can be trained while its network is spread over processes (FSDP2)."""
+
     def __init__(
         self,
         denoiser: Denoiser,
@@ -92,6 +97,7 @@ class PruningModule(pl.LightningModule):
         self.compile_training = compile
         self._compiled: Callable[..., Tensor] | None = None
         self._ledger: Ledger | None = None
+        self._structure: Frozen[Denoiser] | None = None
 
     # What a method provides
 
@@ -162,12 +168,31 @@ class PruningModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_callbacks(self) -> list[Callback]:
+        # The first hook of a run, before processes wait for each other.
+        check_strategy(self.trainer.strategy, type(self).__name__, self.shardable, self.compile_training)
         # Added behind the user's callbacks: those that evaluate at the end of a validation epoch run before this
         # one swaps the averaged weights out again. Masks are derived from weights, so buffers are not averaged.
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if self.ema_decay is None or not fitting:
             return []
+        if isinstance(self.trainer.strategy, FSDP2):
+            return [ShardedAverage(self.ema_decay)]
         return [EMAWeightAveraging(use_buffers=False, decay=self.ema_decay)]
+
+    # Sharding
+
+    def shard(self, mesh: Any) -> None:
+        """Spread the denoiser over the processes of a device mesh; the strategy calls it."""
+        with entries(self.denoiser.network) as entered:
+            self._ledger = count_denoiser(self.denoiser)  # it traces a call, which is another one once sharded
+        self._structure = Frozen(skeleton(self.denoiser))
+        shard(self.denoiser.network, mesh, entered)
+
+    def whole_denoiser(self) -> Denoiser:
+        """The denoiser in one piece: itself, or under FSDP2 a copy; all processes call it together."""
+        if self._structure is None or not is_sharded(self.denoiser):
+            return self.denoiser
+        return whole(self.denoiser, self._structure.value, self.device).eval()
 
     # Sampling
 
@@ -183,17 +208,31 @@ class PruningModule(pl.LightningModule):
         return "last" if self.ema_decay is None else "averaged"
 
     def variants(self) -> dict[str, Variant]:
-        """Networks to report beside each other, by row name: the dense one first, this method's result last."""
-        return {"result": Variant(self.denoiser)}
+        """Networks to report beside each other, by row name: the dense one first, this method's result last.
+
+        All processes call it together. None of the networks is sharded, so one process alone may compute with them.
+        """
+        return {"result": Variant(self.whole_denoiser())}
+
+    # Planned
+
+    def planned(self) -> Plan:
+        """What this method would leave at its target; here the network as it is."""
+        parameters = sum(p.numel() for p in self.denoiser.parameters())
+        return Plan(axis="none", target="dense", touched=(), macs_kept=1.0, parameters_kept=parameters)
 
     # CostModel
 
-    def kept_fraction(self) -> dict[str, float]:
-        """Share of the dense network's MACs that one call costs now, by convention."""
+    def ledger(self) -> Ledger:
+        """MACs of one call of the denoiser, masks not applied; counted once."""
         if self._ledger is None:
             self._ledger = count_denoiser(self.denoiser)
+        return self._ledger
+
+    def kept_fraction(self) -> dict[str, float]:
+        """Share of the dense network's MACs that one call costs now, by convention."""
         masks = {n: layer.sparsity for n, layer in masked_layers(self.denoiser.network).items() if layer.sparsity}
-        return {"aten": float(self._ledger.kept_share(masks))}
+        return {"aten": float(self.ledger().kept_share(masks))}
 
     # Moments at which weights change in place
 

@@ -123,6 +123,34 @@ class WidthGroup:
         return self.channels * self.taps
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a method would leave at its target, known from shapes alone.
+
+    Attributes:
+        axis: what it changes: "weights", "widths", "gates", or "none".
+        target: the target, in the words of the config.
+        touched: names of the layers, groups or blocks it may change.
+        macs_kept: fraction of the dense trajectory's MACs (aten) at the target.
+        parameters_kept: parameters that are not zero; None where only the run decides.
+        holds_teacher: whether training holds a frozen copy of the network on the device.
+    """
+
+    axis: str
+    target: str
+    touched: tuple[str, ...]
+    macs_kept: float
+    parameters_kept: int | None
+    holds_teacher: bool = False
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A method that knows before a run what it would leave."""
+
+    def planned(self) -> Plan: ...
+
+
 @runtime_checkable
 class SparsityControl(Protocol):
     """Something whose weight sparsity can be changed and inspected while it trains."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -23,7 +22,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from lightning_prune.data.loader import ResumableLoader
+from lightning_prune.data.base import DataModule
+from lightning_prune.data.samples import Samples, Split
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.models.dit import DiT
@@ -168,19 +168,48 @@ class Backbone:
         return {"x": x, "cond": self.condition(denoiser, size, seed), "id": torch.arange(size)}
 
 
-class TinyData(pl.LightningDataModule):
+class TinySamples(Samples):
     """Random samples of the kind a network takes; labels or prompts."""
 
+    def __init__(self, samples: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
+        self.samples, self._shape = samples, shape
+        self.labels = torch.zeros(len(samples), dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [dict(self.samples[index]) for index in indices]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def first(self, count: int) -> TinySamples:
+        return TinySamples(self.samples[:count], self._shape)
+
+    def conditions(self, indices: list[int]) -> dict[str, Any]:
+        return {key: value for key, value in self.collate(self.__getitems__(indices)).items() if key != "x"}
+
+
+class TinyData(DataModule):
+    """The same few samples in every split, two to a batch."""
+
+    name = "tiny"
+
     def __init__(self, backbone: Backbone, denoiser: Denoiser, samples: int = 4) -> None:
-        super().__init__()
+        super().__init__(batch_size=2, seed=0)
         self.num_classes = denoiser.num_classes
-        self.samples = [_first(backbone.batch(denoiser, 1, seed), seed) for seed in range(samples)]
+        rows = [_first(backbone.batch(denoiser, 1, seed), seed) for seed in range(samples)]
+        self._all = TinySamples(rows, tuple(denoiser.sample_shape))
 
-    def train_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(self.samples, batch_size=2)  # type: ignore[arg-type]
+    @property
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        cond = self._all.samples[0]["cond"]
+        return {key: tuple(value.shape) for key, value in cond.items()} if isinstance(cond, dict) else {}
 
-    def val_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(self.samples, batch_size=2, shuffle=False)  # type: ignore[arg-type]
+    def read(self, split: Split) -> TinySamples:
+        return self._all
 
 
 def _first(batch: Mapping[str, Any], seed: int) -> dict[str, Any]:

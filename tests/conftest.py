@@ -10,6 +10,8 @@ import pytest
 
 # Set before torch and huggingface_hub are imported, which read them once; subprocesses of tests inherit them.
 os.environ["OMP_NUM_THREADS"] = "2"
+# Threads that wait give the core away: on a machine that does other things too, spinning makes tests many times slower.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"

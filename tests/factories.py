@@ -52,8 +52,14 @@ def tiny_sparsedm(**arguments: Any) -> SparseDM:
     return SparseDM(tiny_dit(), Process(schedule="cosine", prediction="v"), **arguments)
 
 
-def fit(module: pl.LightningModule, folder: Path, ckpt_path: Path | None = None, **trainer: Any) -> pl.Trainer:
-    """Fit on the embedded data, batches of eight, with the given Trainer arguments."""
+def fit(
+    module: pl.LightningModule,
+    folder: Path,
+    ckpt_path: Path | None = None,
+    data: pl.LightningDataModule | None = None,
+    **trainer: Any,
+) -> pl.Trainer:
+    """Fit on the embedded data, batches of eight, or on `data`, with the given Trainer arguments."""
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "max_steps": 4,
@@ -68,6 +74,6 @@ def fit(module: pl.LightningModule, folder: Path, ckpt_path: Path | None = None,
         "default_root_dir": folder,
     }
     runner = pl.Trainer(**{**settings, **trainer})
-    data = EmbeddedFashion(batch_size=8, validation_samples=16)
-    runner.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    given = data or EmbeddedFashion(batch_size=8, validation_samples=16)
+    runner.fit(module, datamodule=given, ckpt_path=ckpt_path)
     return runner

@@ -11,6 +11,7 @@ from lightning_prune.checksums import sha256
 from lightning_prune.data import EmbeddedFashion
 from lightning_prune.data.fashion import EMBEDDED_FILE
 from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.diffusion.models.unet2d import UNet2D
 from lightning_prune.metrics.evaluation import Evaluator
 from lightning_prune.metrics.extractors import load_extractor
 from lightning_prune.metrics.macs import count_denoiser
@@ -55,17 +56,33 @@ def test_the_floor_is_far_below_noise() -> None:
     assert 0 < evaluator.floor().value < 0.01 * evaluator.distance_of(noise).value
 
 
-def test_the_transformer_is_within_its_limits() -> None:
-    denoiser = DiT(weights="embedded:fashion_dit")
-    ledger = count_denoiser(denoiser)
+NETWORKS = {"fashion_dit": (DiT, 0.1e9), "fashion_unet": (UNet2D, 0.25e9)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_networks_are_within_their_limits(name: str) -> None:
+    family, most_macs = NETWORKS[name]
+    ledger = count_denoiser(family(weights=f"embedded:{name}"))
     assert 1e6 <= ledger.parameters <= 5e6
-    assert ledger.macs() <= 0.1e9
-    assert (ASSETS / "fashion_dit" / "diffusion_pytorch_model.safetensors").stat().st_size <= 10e6
+    assert ledger.macs() <= most_macs
+    assert (ASSETS / name / "diffusion_pytorch_model.safetensors").stat().st_size <= 10e6
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_networks_are_good_enough_for_pruning_to_mean_something(name: str) -> None:
+    scores = json.loads((ASSETS / name / "scores.json").read_text())
+    assert scores["fd_fashion"]["samples"] == 2000
+    assert scores["accuracy"] >= 0.85
+    assert scores["guided"]["accuracy"] >= 0.92
+    assert scores["recall"] >= 0.5
+    floor, dense, pruned = (scores[key]["value"] for key in ("floor", "fd_fashion", "one_shot_2to4"))
+    assert dense - floor <= (pruned - floor) / 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("label", [0, 9, 10])
-def test_labels_and_no_class_give_different_predictions(label: int) -> None:
-    denoiser = DiT(weights="embedded:fashion_dit").eval()
+def test_labels_and_no_class_give_different_predictions(name: str, label: int) -> None:
+    denoiser = NETWORKS[name][0](weights=f"embedded:{name}").eval()
     x, t = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([700])
     others = [denoiser(x, t, torch.tensor([c])) for c in range(11) if c != label]
     assert all((denoiser(x, t, torch.tensor([label])) - other).abs().max() > 1e-4 for other in others)

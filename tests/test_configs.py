@@ -7,7 +7,7 @@ import pytest
 from lightning_prune.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ALL = sorted(p for p in CONFIGS.rglob("*.yaml") if "sweeps" not in p.parts)
+ALL = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("sweeps", "strategies"))
 SMOKE = sorted((CONFIGS / "smoke").glob("*.yaml"))
 
 

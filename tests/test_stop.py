@@ -44,7 +44,12 @@ def run(folder: Path, ckpt_path: Path | None = None, *extra: Callback, steps: in
         SparsityRamp(["3:4", "2:4"], 0.5), MaskInvariant(), *extra, DistanceEvaluation(samples=20, steps=1),
         LastCheckpoint(100), StopOnSignal(),
     ]  # fmt: skip
-    settings = {"val_check_interval": 2, "limit_val_batches": 1, "log_every_n_steps": 1, "logger": MetricsFile(folder)}
+    settings: Any = {
+        "val_check_interval": 2,
+        "limit_val_batches": 1,
+        "log_every_n_steps": 1,
+        "logger": MetricsFile(folder),
+    }
     with listening():
         fit(module, folder, ckpt_path, max_steps=steps, callbacks=callbacks, enable_checkpointing=True, **settings)
     return module

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_prune import __version__
+from lightning_prune.signals import listening
 
 HELP = """\
 usage: lightning_prune [--help] [--version] [--debug] <verb> [options]
@@ -19,9 +20,12 @@ Make pretrained diffusion models cheaper to sample.
   validate   one validation pass of a config and checkpoint
   test       evaluate a config and checkpoint on held-out data
   predict    draw images for held-out labels
-  export     turn a checkpoint into an artifact
+  plan       what a config would do, from shapes alone: reach, cost, memory; without weights or GPU
+  export     turn a checkpoint into an artifact, or an artifact's 2:4 layers into semi-structured ones
   bench      time an artifact against the dense network, in one interleaved measurement
+  cache-latents  encode pictures and captions once, for training without autoencoder and text encoders
   prefetch   put weights that evaluation needs into the cache: prefetch inception [--from PATH]
+  pareto     one table over the reports of many runs, a sweep's for one: pareto runs/
   submit     check a config and send its fit to SLURM: submit --config x.yaml --nodes 2 [--dry-run]
 
   lightning_prune fit --config configs/quickstart.yaml
@@ -46,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lightning_prune {__version__}")
         return 0
     _through_srun(args)
+    if args[0] != "fit":
+        return _one_line(args, debug)
+    # Before the imports that take seconds: SLURM may ask a job to stop that has hardly begun.
+    with listening():
+        return _one_line(args, debug)
+
+
+def _one_line(args: Sequence[str], debug: bool) -> int:
     from lightning_prune.cli.errors import one_line_errors
 
     return one_line_errors(lambda: _dispatch(args), debug)
@@ -64,6 +76,7 @@ def _through_srun(args: Sequence[str]) -> None:
 
 def _dispatch(args: Sequence[str]) -> int:
     # Verbs that need no trainer are modules with a `run` of their own; everything else is Lightning's.
-    module = args[0] if args[0] in ("export", "bench", "prefetch", "submit") else "trainer_cli"
+    verbs = ("export", "plan", "bench", "cache-latents", "pareto", "prefetch", "submit")
+    module = args[0].replace("-", "_") if args[0] in verbs else "trainer_cli"
     status: int = import_module(f"lightning_prune.cli.{module}").run(args if module == "trainer_cli" else args[1:])
     return status

@@ -84,11 +84,11 @@ class Task:
 
         calls = self.sampler.calls(self.process)
 
-        stepping: Any = predict if isinstance(denoiser, StepAware) else None
+        stepped: Any = predict
 
         def enter(index: int) -> None:
-            if stepping is not None:
-                stepping.at_step(index, calls)
+            if isinstance(stepped, StepAware):
+                stepped.at_step(index, calls)
 
         both = guided(in_type, denoiser.null_condition, self.scale, denoiser.guide)
         return lambda: integrate(both, self.process, noise, cond, self.sampler, enter)

@@ -1,4 +1,4 @@
-"""`lightning_prune export`: turn a checkpoint into an artefact. It converts; it never trains or prunes."""
+"""`lightning_prune export`: a checkpoint into an artefact, or an artefact into another format. It only converts."""
 
 from __future__ import annotations
 
@@ -7,36 +7,74 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_prune import methods
 from lightning_prune.cli.checkpoints import check_checkpoint, read_checkpoint
-from lightning_prune.export import save_artifact
+from lightning_prune.export import load, save_artifact
+from lightning_prune.export.artifact import read_manifest
+from lightning_prune.export.packed import write_packed
+from lightning_prune.export.semi_structured import missing
 from lightning_prune.module import PruningModule
 from lightning_prune.protocols import ArtifactFiles, InputError
 
 
 def run(args: Sequence[str]) -> int:
     """Parse `args` and write the artefact. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="lightning_prune export", description=__doc__, exit_on_error=False)
-    parser.add_argument("--ckpt_path", required=True, type=Path, help="checkpoint to convert")
-    parser.add_argument("--config", type=Path, help="config of the run; by default the one in the checkpoint")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
-    options = parser.parse_args(list(args))
+    options = parse(args)
     if options.output.exists():
         raise InputError(f"--output: {options.output} exists already")
+    if options.format == "semi-structured":
+        _pack(options)
+    else:
+        _from_checkpoint(options)
+    print(f"wrote {options.output}")
+    return 0
+
+
+def parse(args: Sequence[str]) -> argparse.Namespace:
+    """The options, checked against each other."""
+    parser = argparse.ArgumentParser(prog="lightning_prune export", description=__doc__, exit_on_error=False)
+    parser.add_argument("--ckpt_path", type=Path, help="checkpoint to convert")
+    parser.add_argument("--artifact", type=Path, help="artifact to convert, for --format semi-structured")
+    parser.add_argument("--config", type=Path, help="config of the run; by default the one in the checkpoint")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
+    parser.add_argument("--format", choices=["dense", "semi-structured"], default="dense", help="default dense")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of packed layers")
+    parser.add_argument("--device", help="cuda: time every layer on it and pack those that win; default: pack all")
+    options = parser.parse_args(list(args))
+    needed = "artifact" if options.format == "semi-structured" else "ckpt_path"
+    if getattr(options, needed) is None:
+        raise InputError(f"--{needed}: needed for --format {options.format}")
+    return options
+
+
+def _from_checkpoint(options: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(options.ckpt_path)
     config = read_config(options.config) if options.config else yaml.safe_load(checkpoint.get("config", "")) or {}
     module = build_module(config)
     module.load_state_dict(check_checkpoint(options.ckpt_path, module)["state_dict"])
+    module.on_load_checkpoint(checkpoint)
     module.weights_changed()
     method = type(module).__name__.lower()
     result = list(module.variants().values())[-1].denoiser
     files = module.artifact_files() if isinstance(module, ArtifactFiles) else {}
     save_artifact(result, options.output, method, {"sampler": module.process.scheduler_config}, files)
-    print(f"wrote {options.output}")
-    return 0
+
+
+def _pack(options: argparse.Namespace) -> None:
+    denoiser, manifest = load(options.artifact), read_manifest(options.artifact)
+    if not {"masks"} <= manifest.keys() or "semi_structured" in manifest:
+        raise InputError(f"--artifact: {options.artifact}: holds no dense 2:4 layers to pack")
+    dtype = getattr(torch, options.dtype)
+    chosen = write_packed(denoiser, manifest, options.artifact, options.output, dtype, options.device)
+    print(f"packed {len(chosen.packed)} layers, left {len(chosen.dense)} masked layers dense")
+    for name, reason in chosen.dense.items():
+        print(f"  dense: {name}: {reason}")
+    if options.device is None:
+        print(f"  nothing was timed: {missing('cuda') or 'no --device was given'}")
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -55,5 +93,7 @@ def build_module(config: dict[str, Any]) -> PruningModule:
     methods.discover()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PruningModule, "model")
-    module: PruningModule = parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model
+    # Renamed in jsonargparse 4.49.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    module: PruningModule = instantiate(parser.parse_object({"model": config["model"]})).model
     return module

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import secrets
+import urllib.error
+import urllib.request
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -16,6 +20,10 @@ from lightning_prune import jobs
 from lightning_prune.cli.run_folder import RunSettings
 
 _ROWS_BETWEEN_SAVES = 50
+_ANSWER_WITHIN = 5.0
+"""Seconds in which a W&B server has to answer at the start."""
+_PATIENCE = 60.0
+"""Seconds in which it has to take the rest of a record at the end."""
 
 
 class MetricsFile(Logger):
@@ -92,19 +100,56 @@ def run_loggers(settings: RunSettings, folder: Path) -> list[Logger]:
     """`metrics.csv` in the run folder, and W&B unless disabled."""
     chosen: list[Logger] = [MetricsFile(folder)]
     if settings.wandb != "disabled":
-        chosen.append(
-            WandbLogger(
-                project=settings.project,
-                name=folder.name,
-                save_dir=folder,
-                offline=settings.wandb == "offline",
-                id=wandb_id(folder),
-                group=settings.group or os.environ.get("SLURM_ARRAY_JOB_ID"),
-                job_type=settings.job_type,
-                tags=settings.tags,
-            )
-        )
+        chosen.append(TrackedRun(settings, folder))
     return chosen
+
+
+class TrackedRun(WandbLogger):
+    """The W&B run of a run folder. Training neither waits for a server nor loses a record to it.
+
+    A server that does not answer at the start makes the run an offline one. One that stops answering later is given
+    a minute at the end. The record on disk is complete either way, and `wandb sync` sends it.
+
+    Args:
+        settings: how the run is recorded.
+        folder: folder of the run.
+    """
+
+    def __init__(self, settings: RunSettings, folder: Path) -> None:
+        offline = settings.wandb == "offline"
+        if not offline and getattr(rank_zero_only, "rank", 0) == 0 and (silence := _silence()):
+            warnings.warn(
+                f"{silence}; recorded offline, wandb sync {folder}/wandb/offline-run-* sends it", stacklevel=2
+            )
+            offline = True
+        super().__init__(
+            project=settings.project,
+            name=folder.name,
+            save_dir=folder,
+            offline=offline,
+            id=wandb_id(folder),
+            group=settings.group or os.environ.get("SLURM_ARRAY_JOB_ID"),
+            job_type=settings.job_type,
+            tags=settings.tags,
+            settings=wandb.Settings(**_bounded()),
+        )
+
+
+def _bounded() -> dict[str, Any]:
+    """Settings that bound what W&B waits for at the end, where this version has them."""
+    return {"finish_timeout": _PATIENCE} if hasattr(wandb.Settings(), "finish_timeout") else {}
+
+
+def _silence() -> str | None:
+    """Why the W&B server cannot be used now, in words; None if it answers."""
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/healthz", timeout=_ANSWER_WITHIN):
+            return None
+    except urllib.error.HTTPError as error:
+        return None if error.code < 500 else f"W&B at {url} answers {error.code}"
+    except (OSError, ValueError) as error:
+        return f"W&B at {url} does not answer: {error}"
 
 
 def wandb_id(folder: Path) -> str:

@@ -12,7 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.cli.export import build_module
+from lightning_prune.cli.plan import describe
 from lightning_prune.cli.preflight import check
+from lightning_prune.diffusion.pretrained import without_weights
 from lightning_prune.protocols import InputError
 
 SCRIPTS = Path(__file__).parents[1] / "slurm"
@@ -26,6 +29,8 @@ def run(args: Sequence[str]) -> int:
     first, *further = options.config
     fit = [*(part for config in further for part in ("--config", config)), *fit]
     settings = check(["fit", "--config", first, *fit])
+    with without_weights():
+        describe(build_module(settings), settings, first)  # raises what the plan finds impossible
     env = _env(options.env)
     template = (SCRIPTS / "train.sbatch").read_text()
     directives = _directives(options, settings)

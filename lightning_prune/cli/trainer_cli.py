@@ -13,13 +13,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import wandb
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
 import lightning_prune.callbacks
 import lightning_prune.data  # noqa: F401
-from lightning_prune import jobs, methods, signals
+from lightning_prune import jobs, methods
 from lightning_prune.callbacks import (
     ArtifactWriter,
     EfficiencyReport,
@@ -200,8 +201,7 @@ def run(args: Sequence[str]) -> int:
     # Lightning's launcher starts further processes from sys.argv, so the program's own name has to stay.
     argv, sys.argv = sys.argv, [sys.argv[0], *args]
     try:
-        with signals.listening():
-            build(PruningCLI)
+        build(PruningCLI)
     except BaseException as error:
         wandb.finish(exit_code=1)
         if input_error_behind(error):

@@ -80,11 +80,33 @@ class DataModule(pl.LightningDataModule, ABC):
         if samples.shape != tuple(denoiser.sample_shape):
             given, wanted = ("x".join(map(str, shape)) for shape in (samples.shape, denoiser.sample_shape))
             raise InputError(f"data: {self.name} gives samples of {given}, but {network} takes {wanted}")
+        self._check_conditions(denoiser, network)
         if denoiser.num_classes and self.num_classes != denoiser.num_classes:
             raise InputError(
                 f"data: {self.name} has {self.num_classes or 'no'} classes, but {network} was built for "
                 f"{denoiser.num_classes}"
             )
+
+    def _check_conditions(self, denoiser: Any, network: str) -> None:
+        wanted = denoiser.condition_shapes() if hasattr(denoiser, "condition_shapes") else {}
+        given = self.condition_shapes
+        if wanted and not given:
+            raise InputError(
+                f"data: {network} takes embedded prompts, and {self.name} has none; encode its captions with "
+                "`lightning_prune cache-latents` and train on data.CachedLatents"
+            )
+        if given and not wanted:
+            raise InputError(f"data: {self.name} comes with embedded prompts, but {network} takes none")
+        for key, shape in wanted.items():
+            if key not in given:
+                raise InputError(f"data: {network} takes {key}; {self.name} has {', '.join(given)}")
+            if len(shape) > 1 and given[key][-1] != shape[-1]:
+                raise InputError(f"data: {key} of {self.name} is {given[key][-1]} wide, {network} takes {shape[-1]}")
+
+    @property
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one sample's `cond`, by key, where it is a dictionary; empty where it is a label."""
+        return {}
 
     # Loaders
 
@@ -141,7 +163,9 @@ class DataModule(pl.LightningDataModule, ABC):
             self.damaged[name] = None
             log.warning("%s: damaged, skipped (%d so far)", name, len(self.damaged))
         if new and self.trainer:
-            with (Path(self.trainer.default_root_dir) / "damaged.txt").open("a") as stream:
+            folder = Path(self.trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "damaged.txt").open("a") as stream:
                 stream.writelines(f"{name}\n" for name in new)
 
     def teardown(self, stage: str) -> None:

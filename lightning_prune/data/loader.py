@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Literal
@@ -126,8 +127,8 @@ class ResumableLoader:
             yield from DataLoader(data, batch_sampler=slices, num_workers=self.workers, collate_fn=data.collate)
         except InputError as error:
             # A worker process hands on its whole traceback as the message; the last line is the message.
-            line = str(error).strip().splitlines()[-1]
-            raise InputError(line.partition("InputError: ")[2] or line) from error
+            message = str(error).strip().splitlines()[-1]
+            raise InputError(re.sub(r"^[\w.]+: ", "", message) if self.workers else message) from error
 
     def _tell(self, damaged: list[str]) -> None:
         if self.on_damaged is not None:
@@ -142,7 +143,9 @@ class ResumableLoader:
         self.consumed = samples // (self.batch_size * self.world)
 
 
-def read_ahead(read: Callable[[list[int]], dict[str, Any]], batches: _Slice, threads: int) -> Iterator[dict[str, Any]]:
+def read_ahead(
+    read: Callable[[list[int]], dict[str, Any]], batches: Iterable[list[int]], threads: int
+) -> Iterator[dict[str, Any]]:
     """`read(indices)` of every batch, in order, computed by `threads` threads ahead of time."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
     coming, waiting = iter(batches), deque[Future[dict[str, Any]]]()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,15 @@ class StagedDenoiser(Denoiser):
         self.weights = dense.weights
         self.sample_shape, self.num_classes = dense.sample_shape, dense.num_classes
         self.lengths, self.facts = tuple(lengths), dict(facts or {})
-        self.network = nn.ModuleList(networks)
+        self.network: Any = nn.ModuleList(networks)
         self._shells = tuple(_shell(dense, network) for network in networks)
         self._family = type(dense)
         self._stage = 0
+
+    @property
+    def networks(self) -> nn.ModuleList:
+        """One network per stage, the noisiest first."""
+        return cast(nn.ModuleList, self.network)
 
     @property
     def family(self) -> type[Denoiser]:
@@ -106,7 +111,7 @@ class StagedDenoiser(Denoiser):
         raise InputError("denoiser: its stages have been cut already; prune the dense network instead")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StagedDenoiser:
-        networks = [deepcopy(network, memo) for network in self.network]
+        networks = [deepcopy(network, memo) for network in self.networks]
         other = StagedDenoiser(self._shells[0], networks, self.lengths, self.facts)
         other._family, other._stage = self._family, self._stage
         memo[id(self)] = other
@@ -134,7 +139,7 @@ class PipelineRouter(nn.Module):
         super().__init__()
         if len(timesteps) != denoiser.steps:
             raise InputError(f"stages: {len(timesteps)} timesteps for stages of {denoiser.steps} steps")
-        self.networks = denoiser.network
+        self.networks = denoiser.networks
         ends = [sum(denoiser.lengths[: i + 1]) for i in range(len(denoiser.lengths))]
         self.last_timesteps = [float(timesteps[end - 1]) for end in ends]
 

@@ -23,7 +23,7 @@ from lightning_prune.checksums import sha256
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
-from lightning_prune.export import staged
+from lightning_prune.export import packed, staged
 from lightning_prune.export.gates import GATES, apply_gates
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.masks import effective_state, masked_layers
@@ -121,6 +121,8 @@ def load(path: str | Path) -> Denoiser:
         raise InputError(f"{folder / MANIFEST}: no backbone is known for {name}")
     if "stages" in manifest:
         return staged.read(families()[name], folder, manifest).eval()
+    if "semi_structured" in manifest:
+        return packed.read_packed(families()[name], folder, manifest).eval()
     denoiser: Denoiser = families()[name](weights=str(folder), **arguments)
     if GATES in manifest["files"]:
         denoiser = apply_gates(denoiser, folder / GATES, Process.from_scheduler(manifest["sampler"]))

@@ -144,6 +144,15 @@ def build_report(
     }
 
 
+def objective(distance: float, macs_kept: float, budget: float | None) -> float:
+    """What a sweep minimises: the distance, doubled for every tenth of the budget that MACs exceed it by.
+
+    Smooth in the excess, so that a search learns where the limit is, and steep enough to stay within it.
+    """
+    excess = 0.0 if budget is None else max(0.0, macs_kept / budget - 1)
+    return float(distance * 2 ** (10 * excess))
+
+
 def comparisons(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
     """Paired by sample: every network against the first, with the drift of its images, and the last against all."""
     first, *others = scores

@@ -120,6 +120,7 @@ def give_back(problem: Problem, removed: Removed, budget: int) -> Removed:
     """Return units while they fit into the budget, the one that lowers the error most per MAC first."""
     removed = [list(row) for row in removed]
     left = budget - problem.macs(removed)
+    errors = [[curve.tolist() for curve in row] for row in problem.errors]
     while True:
         best: tuple[float, int, int] | None = None
         for s, row in enumerate(removed):
@@ -127,7 +128,7 @@ def give_back(problem: Problem, removed: Removed, budget: int) -> Removed:
                 cost = problem.steps[s] * problem.unit_macs[g]
                 if k == 0 or cost > left:
                     continue
-                gain = float(problem.errors[s][g][k] - problem.errors[s][g][k - 1]) / cost
+                gain = (errors[s][g][k] - errors[s][g][k - 1]) / cost
                 if best is None or gain > best[0]:
                     best = (gain, s, g)
         if best is None:
@@ -154,12 +155,13 @@ def dynamic(problem: Problem, budget: int, levels: int = 32, buckets: int = 8000
     taken: list[tuple[list[int], np.ndarray]] = []
     for s, g in items:
         candidates = _levels(problem.most(g), levels)
+        curve = problem.errors[s][g].tolist()
         found, choice = np.full(capacity + 1, np.inf), np.zeros(capacity + 1, dtype=np.int16)
         for number, k in enumerate(candidates):
             cost = -(-(problem.most(g) - k) * problem.steps[s] * problem.unit_macs[g] // width)
             if cost > capacity:
                 continue
-            value = best[: capacity + 1 - cost] + float(problem.errors[s][g][k])
+            value = best[: capacity + 1 - cost] + curve[k]
             better = value < found[cost:]
             found[cost:][better] = value[better]
             choice[cost:][better] = number

@@ -3,6 +3,9 @@
 A masked layer is the stock layer with its class swapped: parameter names, state dict and type checks stay those of
 the untouched network. The mask acts in the forward pass alone, so it holds under any optimizer and under sharding,
 and what is trained, averaged and saved is the dense shadow weight.
+
+Under FSDP2 a weight is spread over processes by rows between calls, and whole within one. Groups lie within rows, so
+each process keeps the mask of its own rows, and a call derives that of the whole weight, the same row by row.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lightning_prune.protocols import InputError, PrunableUnit, Sparsity
@@ -74,28 +78,43 @@ class MaskedLayer(nn.Module):
         """Derive the mask again, into the tensor it already has where possible."""
         if self._sparsity is None:
             return
-        mask, current = self.derived_mask(self._sparsity), self._mask
-        if current is not None and current.device == mask.device and current.dtype == self.weight.dtype:
+        weight, current = local(self.weight), self._mask
+        mask = self.derived_mask(self._sparsity)
+        if current is not None and _fits(current, weight):
             current.copy_(mask)
         else:
-            self._mask = mask.to(self.weight.dtype)
+            self._mask = mask.to(weight.dtype)
 
     def derived_mask(self, sparsity: Sparsity) -> Tensor:
         """The boolean mask that a pattern has now: frozen, or from the scores, or else from magnitudes."""
+        weight = local(self.weight)
         if sparsity in self._frozen:
-            return self._frozen[sparsity].to(self.weight.device)
-        return nm_mask(self.weight if self._scores is None else self._scores.to(self.weight.device), sparsity)
+            return self._frozen[sparsity].to(weight.device)
+        return nm_mask(weight if self._scores is None else self._scores.to(weight.device), sparsity)
 
     def effective_weight(self) -> Tensor:
-        """The weight this layer computes with."""
+        """The weight this layer computes with; outside a call under FSDP2, this process' rows of it."""
+        weight = local(self.weight)
         if self._sparsity is None:
-            return self.weight
-        if self._mask is not None and self._mask.device != self.weight.device:
-            self._mask = self._mask.to(self.weight.device)
-        elif self._mask is None:
+            return weight
+        mask = self._mask
+        if mask is not None and mask.shape != weight.shape and not isinstance(self.weight, DTensor):
+            mask = nm_mask(weight, self._sparsity).to(weight.dtype)
+        elif mask is None or mask.shape != weight.shape or mask.device != weight.device:
             self.refresh_mask()
-        masked: Tensor = _StraightThrough.apply(self.weight, self._mask)
+            mask = self._mask
+        masked: Tensor = _StraightThrough.apply(weight, mask)
         return masked
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process' part of a tensor that is spread over processes, sharing its memory; else the tensor itself."""
+    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
+
+
+def _fits(mask: Tensor, weight: Tensor) -> bool:
+    return (mask.device, mask.dtype, mask.shape) == (weight.device, weight.dtype, weight.shape)
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -228,20 +247,33 @@ class MaskSet:
         """Zero the gradients of pruned weights, so that they stay where they are."""
         for layer in self.layers.values():
             if layer.weight.grad is not None and layer.mask is not None:
-                layer.weight.grad.mul_(layer.mask)
+                local(layer.weight.grad).mul_(layer.mask)
 
     @torch.no_grad()
     def density_by_layer(self) -> dict[str, float]:
-        """Fraction of non-zero effective weights by layer."""
-        return {n: (layer.effective_weight() != 0).float().mean().item() for n, layer in self.layers.items()}
+        """Fraction of non-zero effective weights by layer; all processes call it together."""
+        counts = torch.tensor([int((layer.effective_weight() != 0).sum()) for layer in self.layers.values()])
+        totals = self._over_shards(counts).tolist()
+        return {n: total / layer.weight.numel() for (n, layer), total in zip(self.layers.items(), totals, strict=True)}
 
     @torch.no_grad()
     def violations(self, compare: bool = False) -> int:
         """Groups of the weights computed with whose number of kept entries is not n, or of which more are non-zero.
 
         With `compare`, groups whose mask is not that of the present weight count too: masks of other weights.
+        Under FSDP2 all processes call it together, and each gets the sum over all rows.
         """
-        return sum(_violations(layer, compare) for layer in self.layers.values() if layer.sparsity is not None)
+        found = sum(_violations(layer, compare) for layer in self.layers.values() if layer.sparsity is not None)
+        return int(self._over_shards(torch.tensor(found)))
+
+    def _over_shards(self, counts: Tensor) -> Tensor:
+        """Counts of this process' rows, summed over the processes that hold the others."""
+        weights = [layer.weight for layer in self.layers.values() if isinstance(layer.weight, DTensor)]
+        if not weights:
+            return counts
+        summed = counts.to(weights[0].device)
+        distributed.all_reduce(summed, group=weights[0].device_mesh.get_group())
+        return summed
 
     @torch.no_grad()
     def add_decay(self, strength: float) -> None:
@@ -252,7 +284,7 @@ class MaskSet:
         """
         for layer in self.layers.values():
             if layer.weight.grad is not None and layer.mask is not None:
-                layer.weight.grad.add_(layer.weight * (1 - layer.mask), alpha=strength)
+                local(layer.weight.grad).add_(local(layer.weight) * (1 - layer.mask), alpha=strength)
 
 
 def masked_layers(network: nn.Module) -> dict[str, MaskedLayer]:

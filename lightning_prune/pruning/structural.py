@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +96,9 @@ def _describe(module: nn.Module, units: int) -> None:
     elif isinstance(module, nn.GroupNorm):
         module.num_groups, module.num_channels = units, len(weight) if weight is not None else module.num_channels
     elif hasattr(module, "to_q"):
-        width = module.to_q.weight.shape[0]
-        module.heads = module.sliceable_head_dim = units
-        module.inner_dim = module.inner_kv_dim = width
+        attention: Any = module
+        attention.heads = attention.sliceable_head_dim = units
+        attention.inner_dim = attention.inner_kv_dim = attention.to_q.weight.shape[0]
 
 
 @contextmanager

@@ -182,7 +182,7 @@ def test_several_tasks_without_srun_are_refused(
 
 def test_a_sweeps_trial_becomes_srun_once(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
-    monkeypatch.setattr(cli.os, "execvp", lambda _, command: called.append(command))
+    monkeypatch.setattr("os.execvp", lambda _, command: called.append(command))
     slurm(monkeypatch, NTASKS="2", JOB_NUM_NODES="2", NTASKS_PER_NODE="1")
     monkeypatch.setenv("LIGHTNING_PRUNE_SRUN", "srun --kill-on-bad-exit=1")
     cli._through_srun(["fit", "--model.x", "1"])

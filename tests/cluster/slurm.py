@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "slurm"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
 SCHEDULING = {"PENDING", "CONFIGURING", "COMPLETING", "RUNNING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"}
 
 _CONF = """\
@@ -46,6 +46,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
 KillWait=5
+OverTimeLimit=5
 MinJobAge=3600
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=1
 GresTypes=gpu
@@ -87,7 +88,7 @@ class Cluster:
         """Run a program of SLURM's in the folder of jobs; its output."""
         done = subprocess.run(
             [str(part) for part in command], capture_output=True, text=True, env=self.environment, cwd=self.jobs,
-            timeout=60, check=False,
+            timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
@@ -101,7 +102,7 @@ class Cluster:
         words = self.call("scontrol", "--oneliner", "show", "job", job).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def end(self, *jobs: str, timeout: float = 500) -> list[str]:
+    def end(self, *jobs: str, timeout: float = 900) -> list[str]:
         """Wait until jobs are over; their states."""
         states = {}
 
@@ -136,6 +137,7 @@ def running(folder: Path) -> Iterator[Cluster]:
     try:
         _start(cluster)
         yield cluster
+        _cancel(cluster)
     finally:
         _stop(folder)
 
@@ -189,6 +191,13 @@ def _idle(cluster: Cluster) -> int:
 
 def _logs(folder: Path) -> str:
     return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in folder.glob("*.log"))
+
+
+def _cancel(cluster: Cluster) -> None:
+    """End what a failed test left running: a node's daemon that stops leaves its jobs alone."""
+    cluster.call("scancel", "--state=PENDING")
+    cluster.call("scancel", "--state=RUNNING")
+    wait(lambda: not cluster.call("squeue", "-h"), 60, lambda: cluster.call("squeue"))
 
 
 def _stop(folder: Path) -> None:

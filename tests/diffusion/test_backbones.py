@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_prune.diffusion import conditions
+from lightning_prune.diffusion.gating import install, remove
 from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.models.uvit import UViT
 from lightning_prune.diffusion.pretrained import without_weights
 from lightning_prune.export import load, save_artifact
 from lightning_prune.metrics.macs import count_denoiser
-from lightning_prune.protocols import Sparsity
+from lightning_prune.protocols import InputError, Sparsity
 from lightning_prune.pruning.masks import MaskSet, select_units
+from lightning_prune.pruning.structural import Width, slim
 from tests.backbones import BACKBONES, TOKENS, Backbone, uncovered_families
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES, ids=lambda b: b.name)
@@ -77,7 +81,8 @@ def test_a_stored_pipeline_gives_the_untouched_networks_output(backbone: Backbon
     """Bit for bit: as loaded, and with every mask dense."""
     denoiser = backbone.load(backbone.save(tmp_path))
     assert type(denoiser.network) is backbone.family.network_class
-    stock = backbone.family.network_class.from_pretrained(tmp_path, subfolder=backbone.component or None).eval()
+    stock_class: Any = backbone.family.network_class
+    stock = stock_class.from_pretrained(tmp_path, subfolder=backbone.component or None).eval()
     x, t, cond = inputs(backbone, denoiser)
     expected = stock_output(backbone, stock, x, t, cond)
     assert expected.std() > 0
@@ -158,3 +163,55 @@ def test_an_artifact_is_the_same_network(backbone: Backbone, tmp_path: Path) -> 
     assert again.arguments() == denoiser.arguments()
     assert again.sample_shape == denoiser.sample_shape
     assert torch.equal(again(x, t, cond), denoiser(x, t, cond))
+
+
+@every_backbone
+@torch.no_grad()
+def test_open_gates_change_nothing_and_closed_ones_do(backbone: Backbone) -> None:
+    denoiser = backbone.build().eval()
+    denoiser.network.load_state_dict(backbone.network().state_dict())
+    if backbone.name in ("sd3", "flux"):
+        with pytest.raises(InputError, match="joint blocks of image and prompt have no gates"):
+            denoiser.blocks("block")
+        return
+    x, t, cond = inputs(backbone, denoiser)
+    expected, later = denoiser(x, t, cond), denoiser(x, t - 2, cond)
+    unet = "mid_block" in dict(denoiser.network.named_children()) and not isinstance(denoiser, UViT)
+    for granularity in ("coarse", "fine") if unet else ("block", "half"):
+        graph = denoiser.blocks(granularity)
+        for mode in graph.cache_modes:
+            gating = install(denoiser.network, graph, mode)
+            wired = graph.in_mode(mode)
+            assert torch.equal(denoiser(x, t, cond), expected)
+            output, slots = gating.step(lambda: denoiser(x, t, cond), graph.full(), gating.slots)
+            assert torch.equal(output, expected)
+            again, _ = gating.step(lambda: denoiser(x, t - 2, cond), graph.full(), slots)
+            assert torch.equal(again, later)
+            for position in range(len(graph)):
+                row = wired.running([i != position for i in range(len(graph))])
+                skipped, _ = gating.step(lambda: denoiser(x, t - 2, cond), row, slots)
+                assert not torch.equal(skipped, later), f"{granularity} {mode}: {graph.names[position]} has no effect"
+            remove(denoiser.network)
+
+
+@every_backbone
+@torch.no_grad()
+def test_full_widths_change_nothing_and_cut_ones_fit(backbone: Backbone) -> None:
+    denoiser = backbone.build().eval()
+    denoiser.network.load_state_dict(backbone.network().state_dict())
+    x, t, cond = inputs(backbone, denoiser)
+    expected, groups = denoiser(x, t, cond), denoiser.groups()
+    whole = copy(denoiser, slim(denoiser.network, groups, {g.name: Width(tuple(range(g.units))) for g in groups}))
+    assert torch.equal(whole(x, t, cond), expected)
+    if groups:
+        cut = copy(denoiser, slim(denoiser.network, groups, {g.name: Width(tuple(range(1, g.units))) for g in groups}))
+        assert cut(x, t, cond).shape == expected.shape
+        assert not torch.equal(cut(x, t, cond), expected)
+        assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
+
+
+def copy(denoiser: Denoiser, network: Any) -> Denoiser:
+    """The denoiser around another network."""
+    found = deepcopy(denoiser)
+    found.network = network
+    return found

@@ -85,7 +85,7 @@ def test_dit_guides_four_channels_or_three(argument: int | None, channels: int) 
     """diffusers' pipeline guides all four of a latent, the authors' code the first three."""
     torch.manual_seed(0)
     denoiser = DiT(config=LATENT_DIT, guided_channels=argument).eval()
-    torch.nn.init.normal_(denoiser.network.proj_out_2.weight, std=0.1)
+    torch.nn.init.normal_(denoiser.network.get_parameter("proj_out_2.weight"), std=0.1)
     x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([500, 500]), torch.tensor([1, 2])
     output = guided(denoiser, denoiser.null_condition, SCALE, denoiser.guide)(x, t, cond)
     conditional, without = denoiser(x, t, cond), denoiser(x, t, torch.tensor([10, 10]))
@@ -112,7 +112,7 @@ def test_an_empty_prompt_that_does_not_fit(tmp_path: Path) -> None:
     backbone = BY_NAME["pixart"]
     file = tmp_path / "null.safetensors"
     save_file({"prompt_embeds": torch.zeros(7, 12)}, file)
-    arguments = {**TEXT, "null_prompt": str(file)}
+    arguments: dict[str, Any] = {**TEXT, "null_prompt": str(file)}
     denoiser = backbone.family(config=dict(backbone.config), **arguments)
     cond = backbone.condition(denoiser, 2)
     with pytest.raises(InputError, match=r"null\.safetensors: prompt_embeds is \[7, 12\]"):

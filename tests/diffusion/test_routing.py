@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,8 +83,8 @@ def test_sampling_switches_networks() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_dit, tiny_unet])
-def test_shared_tensors_are_held_once(make: object) -> None:
-    dense: Denoiser = make()  # type: ignore[operator]
+def test_shared_tensors_are_held_once(make: Any) -> None:
+    dense: Denoiser = make()
     denoiser = staged(dense)
     cut = {c.parameter for g in dense.groups() for c in g.cuts}
     own = sum(p.numel() for network in denoiser.network[1:] for n, p in network.named_parameters() if n in cut)
@@ -107,8 +108,8 @@ def test_its_cost_is_the_sum_over_stages() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_dit, tiny_unet])
-def test_a_reloaded_artefact_draws_the_same_images(make: object, tmp_path: Path) -> None:
-    denoiser = staged(make())  # type: ignore[operator]
+def test_a_reloaded_artefact_draws_the_same_images(make: Any, tmp_path: Path) -> None:
+    denoiser = staged(make())
     folder = save_artifact(denoiser, tmp_path / "artifact", "mosaicdiff", {})
     loaded = lightning_prune.load(folder)
     assert isinstance(loaded, StagedDenoiser)

@@ -194,7 +194,7 @@ def test_a_public_checkpoint_loads_with_its_config(tmp_path: Path) -> None:
     network = backbone.network()
     torch.save(network.state_dict(), tmp_path / "nnet_ema.pth")
     denoiser = UViT(weights=str(tmp_path / "nnet_ema.pth"), config=dict(backbone.config))
-    assert torch.equal(denoiser.network.pos_embed, network.pos_embed)
+    assert torch.equal(denoiser.network.get_parameter("pos_embed"), network.pos_embed)
     with pytest.raises(InputError, match=r"nnet_ema\.pth: .* has shape"):
         UViT(weights=str(tmp_path / "nnet_ema.pth"), config={**backbone.config, "img_size": 16})
 

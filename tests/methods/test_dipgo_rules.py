@@ -31,8 +31,7 @@ def problem(make: Any = tiny_unet, granularity: str = "fine", mode: Any = "outpu
 @pytest.mark.parametrize("budget", [0.3, 0.55, 0.8])
 @pytest.mark.parametrize("kind", [("fine", "output"), ("coarse", "output"), ("half", "residual"), ("block", "output")])
 def test_rules_keep_their_budget(name: Control, budget: float, kind: Any) -> None:
-    granularity, mode = kind
-    given = problem(tiny_unet if granularity in ("fine", "coarse") else tiny_dit, granularity, mode, steps=20)
+    given = problem(tiny_unet if kind[0] in ("fine", "coarse") else tiny_dit, kind[0], kind[1], 20)
     found = rule(name, given, budget)
     assert given.costs.kept(found.rows) <= budget + 1e-12
     assert all(given.graph.running(row) == row for row in found.rows)

@@ -14,7 +14,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.sparsedm import SparseDM
-from lightning_prune.methods.sparsedm.stepwise import StepwiseSparsity
+from lightning_prune.methods.sparsedm.stepwise import stepwise
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError, Sparsity, SparsityControl
 from lightning_prune.pruning.masks import MaskSet, effective_state, select_units
@@ -200,15 +200,14 @@ def test_a_pattern_by_step_is_that_of_each_step_and_costs_what_it_says() -> None
     denoiser = tiny_dit()
     units = select_units(denoiser.anatomy(), None, denoiser.default_dense(), 4)
     process, cond = Process("cosine", "v"), torch.zeros(2, dtype=torch.long)
-    stepwise = StepwiseSparsity(tiny_dit(), units, [(0.0, None), (0.5, TWO_FOUR)])
+    switched = stepwise(tiny_dit(), units, [(0.0, None), (0.5, TWO_FOUR)])
     seen: list[str] = []
 
     def look(index: int) -> None:
-        seen.append(str(next(iter(stepwise.masks.layers.values())).sparsity))
+        seen.append(str(next(iter(switched.masks.layers.values())).sparsity))
 
     def draw(on_step: Any = None) -> torch.Tensor:
-        network: Any = stepwise
-        return sample_images(network, process, torch.arange(2), cond, Sampler(steps=5), on_step=on_step)
+        return sample_images(switched, process, torch.arange(2), cond, Sampler(steps=5), on_step=on_step)
 
     first = draw(look)
     assert seen == ["None", "None", "None", "2:4", "2:4"]
@@ -216,13 +215,13 @@ def test_a_pattern_by_step_is_that_of_each_step_and_costs_what_it_says() -> None
     masked = deepcopy(denoiser)
     MaskSet(masked.network, units, TWO_FOUR)
     dense, pruned = (trajectory_cost(network, process, Sampler(steps=1)).macs() for network in (denoiser, masked))
-    assert trajectory_cost(stepwise, process, Sampler(steps=5)).macs() == 3 * dense + 2 * pruned  # type: ignore[arg-type]
+    assert trajectory_cost(switched, process, Sampler(steps=5)).macs() == 3 * dense + 2 * pruned
 
 
 @pytest.mark.parametrize("starts", [[], [0.1], [0.0, 0.0], [0.0, 1.0]])
 def test_patterns_by_step_begin_at_0_and_rise(starts: list[float]) -> None:
     with pytest.raises(InputError, match="have to begin at 0 and rise below 1"):
-        StepwiseSparsity(tiny_dit(), tiny_dit().anatomy(), [(start, None) for start in starts])
+        stepwise(tiny_dit(), tiny_dit().anatomy(), [(start, None) for start in starts])
 
 
 @pytest.mark.parametrize(

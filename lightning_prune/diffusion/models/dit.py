@@ -10,12 +10,13 @@ from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor
 
-from lightning_prune.blocks import Block, BlockGraph
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.base import Denoiser
+from lightning_prune.diffusion.models.transformer_blocks import transformer_blocks
 from lightning_prune.protocols import InputError
 
-_HALVES = (("A", "attn1"), ("F", "ff"))  # modulation and residual stay with the block
+_PARTS = (("A", "attn1"), ("F", "ff"))
 
 
 class DiT(Denoiser):
@@ -72,12 +73,5 @@ class DiT(Denoiser):
 
     def blocks(self, granularity: str) -> BlockGraph:
         """Transformer blocks ("block"), or their attention and feed-forward parts ("half")."""
-        count: int = self.stored.num_layers
-        if granularity == "block":
-            whole = [Block(f"B{i}", (f"transformer_blocks.{i}",), (f"B{i - 1}",) if i else ()) for i in range(count)]
-            return BlockGraph("block", tuple(whole), (f"B{count - 1}",), ("residual", "output"))
-        if granularity != "half":
-            raise InputError(f"granularity: {granularity!r}: this transformer has block and half")
-        parts = [(f"{letter}{i}", f"transformer_blocks.{i}.{m}") for i in range(count) for letter, m in _HALVES]
-        halves = tuple(Block(name, (module,), increment=True) for name, module in parts)
-        return BlockGraph("half", halves, tuple(name for name, _ in parts), ("residual",), independent=True)
+        names = [f"transformer_blocks.{i}" for i in range(self.stored.num_layers)]
+        return transformer_blocks(names, _PARTS, granularity)

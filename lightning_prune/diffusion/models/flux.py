@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel, ModelMixin
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.text import TextDenoiser
 from lightning_prune.protocols import InputError
@@ -91,6 +92,10 @@ class Flux(TextDenoiser):
             r"norm_out\..*",
             r"proj_out",
         )
+
+    def blocks(self, granularity: str) -> BlockGraph:
+        """None: a joint block hands image and prompt on together, and a gate stores what one stream was given."""
+        raise InputError(f"granularity: {type(self).__name__}: joint blocks of image and prompt have no gates yet")
 
     def arguments(self) -> dict[str, Any]:
         own = {"sample_size": self.sample_size, "embedded_guidance": self.embedded_guidance}

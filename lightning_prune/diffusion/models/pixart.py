@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 from diffusers import ModelMixin, PixArtTransformer2DModel
 from torch import Tensor
 
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.text import TextDenoiser
+from lightning_prune.diffusion.models.transformer_blocks import transformer_blocks
 
 _PIXELS_PER_LATENT = 8
+_PARTS = (("A", "attn1"), ("C", "attn2"), ("F", "ff"))
 
 
 class PixArt(TextDenoiser):
@@ -63,3 +66,8 @@ class PixArt(TextDenoiser):
     def default_dense(self) -> Sequence[str]:
         """Patch, timestep, size and caption embeddings, modulation and output projection."""
         return (r"pos_embed\..*", r"adaln_single\..*", r"caption_projection\..*", r"proj_out")
+
+    def blocks(self, granularity: str) -> BlockGraph:
+        """Transformer blocks ("block"), or their two attentions and feed-forward parts ("half")."""
+        names = [f"transformer_blocks.{i}" for i in range(self.stored.num_layers)]
+        return transformer_blocks(names, _PARTS, granularity)

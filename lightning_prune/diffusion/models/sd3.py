@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 from diffusers import ModelMixin, SD3Transformer2DModel
 from torch import Tensor
 
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.text import TextDenoiser
+from lightning_prune.protocols import InputError
 
 
 class SD3(TextDenoiser):
@@ -59,3 +61,7 @@ class SD3(TextDenoiser):
             r"norm_out\..*",
             r"proj_out",
         )
+
+    def blocks(self, granularity: str) -> BlockGraph:
+        """None: a joint block hands image and prompt on together, and a gate stores what one stream was given."""
+        raise InputError(f"granularity: {type(self).__name__}: joint blocks of image and prompt have no gates yet")

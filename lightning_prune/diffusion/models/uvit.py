@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.base import Denoiser
 from lightning_prune.diffusion.models.text import TextDenoiser
-from lightning_prune.diffusion.models.uvit_network import UViTModel
+from lightning_prune.diffusion.models.transformer_blocks import transformer_blocks
+from lightning_prune.diffusion.models.uvit_network import Block, UViTModel
+from lightning_prune.protocols import WidthCut, WidthGroup
+
+_PARTS = (("A", "attn"), ("F", "mlp"))
 
 
 class UViT(TextDenoiser):
@@ -39,6 +45,8 @@ class UViT(TextDenoiser):
         self.takes_text = stored.clip_dim is not None
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        if not self.takes_text:
+            return {}
         return {"prompt_embeds": (self.stored.num_clip_token, self.stored.clip_dim)}
 
     def blank_condition(self, batch: int, device: torch.device | str) -> Condition:
@@ -68,3 +76,29 @@ class UViT(TextDenoiser):
             r"final_layer": stored.conv,
         }
         return (r"patch_embed\..*", r"decoder_pred", *(pattern for pattern, there in optional.items() if there))
+
+    def groups(self) -> Sequence[WidthGroup]:
+        """Hidden channels of the feed-forward parts; queries, keys and values are fused in one layer."""
+        blocks = [name for name, module in self.network.named_modules() if isinstance(module, Block)]
+        return [_hidden_channels(f"{name}.mlp", self.network.get_submodule(f"{name}.mlp.fc2")) for name in blocks]
+
+    def blocks(self, granularity: str) -> BlockGraph:
+        """Blocks ("block"), the last half of which read an early one besides, or their two parts ("half")."""
+        half = self.stored.depth // 2
+        ahead, behind = [f"in_blocks.{i}" for i in range(half)], [f"out_blocks.{i}" for i in range(half)]
+        chain = transformer_blocks([*ahead, "mid_block", *behind], _PARTS, granularity)
+        if granularity == "half" or not self.stored.skip:
+            return chain
+        # The first of the last half merges in what the last of the first half gave, and so on outwards.
+        skips = {half + 1 + i: f"B{half - 1 - i}" for i in range(half)}
+        blocks = [
+            replace(block, producers=(*block.producers, skips[i])) if i in skips else block
+            for i, block in enumerate(chain.blocks)
+        ]
+        return replace(chain, blocks=tuple(blocks))
+
+
+def _hidden_channels(name: str, output: Any) -> WidthGroup:
+    rows = (WidthCut(f"{name}.fc1.weight", 0), WidthCut(f"{name}.fc1.bias", 0))
+    cuts = (*rows, WidthCut(f"{name}.fc2.weight", 1))
+    return WidthGroup(name, "channels", f"{name}.fc2", output.in_features, 1, 1, cuts)

@@ -11,8 +11,10 @@ import math
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from timm.layers import Mlp, PatchEmbed, trunc_normal_
 from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 _LONGEST_PERIOD = 10000.0
@@ -116,7 +118,8 @@ class UViTModel(ModelMixin, ConfigMixin):
         side = self.config.patch_size
         rows, columns = (length // side for length in like.shape[-2:])
         grid = patches.unflatten(-1, (side, side, -1)).unflatten(1, (rows, columns))
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(like.shape)
+        image: Tensor = grid.permute(0, 5, 1, 3, 2, 4).reshape(like.shape)
+        return image
 
 
 class Block(nn.Module):

@@ -28,7 +28,7 @@ from lightning_prune.methods.dipgo.pruner import Encoder, QueryPruner, ScoreTabl
 from lightning_prune.methods.dipgo.teacher import Teacher
 from lightning_prune.metrics.block_costs import traced_costs
 from lightning_prune.module import Batch, LrSchedule, PruningModule
-from lightning_prune.protocols import InputError
+from lightning_prune.protocols import InputError, Plan
 from lightning_prune.pruning.budget import bisect_threshold, greedy_cascades, nested, solve
 from lightning_prune.seeds import derive
 
@@ -233,6 +233,18 @@ class DiPGO(PruningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.teacher.restore(checkpoint.get("teacher", {}))
+
+    # Planned
+
+    def planned(self) -> Plan:
+        """Gates at the budget; which blocks they skip is for the search to find."""
+        return Plan(
+            axis="gates",
+            target=f"budget {self.budget:g}",
+            touched=self.problem.graph.names,
+            macs_kept=self.kept_fraction()["aten"],
+            parameters_kept=sum(p.numel() for p in self.denoiser.parameters()),
+        )
 
     # Results
 

@@ -19,7 +19,7 @@ from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.sparsedm.loss import sparsedm_loss
 from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
 from lightning_prune.module import Batch, LrSchedule, PruningModule
-from lightning_prune.protocols import InputError, Sparsity
+from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import MaskSet, select_units
 
@@ -54,6 +54,8 @@ class SparseDM(PruningModule):
         compile: run the training forward through torch.compile.
     """
 
+    shardable = True
+
     def __init__(
         self,
         denoiser: Denoiser,
@@ -87,7 +89,7 @@ class SparseDM(PruningModule):
             raise InputError(f"model.freeze_masks_at: {freeze_masks_at} is not in [0, 1)")
         self.target_sparsity = Sparsity.parse(sparsity)
         self.also = check_also([Sparsity.parse(pattern) for pattern in also or []], self.target_sparsity)
-        self.freeze_masks_at = freeze_masks_at
+        self.freeze_masks_at, self.mask_scores = freeze_masks_at, mask_scores
         self.decay, self.noise_weight, self.distill_weight = decay, noise_weight, distill_weight
         self._dense = Frozen(deepcopy(denoiser))
         exclude = denoiser.default_dense() if dense_layers is None else dense_layers
@@ -183,6 +185,27 @@ class SparseDM(PruningModule):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return trainer.global_step % every == 0
 
+    # Planned
+
+    def planned(self) -> Plan:
+        """Masks of the target on every chosen layer; a network on the meta device will do."""
+        patterns = {} if self._pattern is None else dict.fromkeys(self.masks.layers, self._pattern)
+        zeros = sum(self.masks.layers[name].weight.numel() * s.fraction for name, s in patterns.items())
+        return Plan(
+            axis="weights",
+            target=str(self.target_sparsity),
+            touched=tuple(self.masks.layers),
+            macs_kept=float(self.ledger().kept_share(patterns)),
+            parameters_kept=round(sum(p.numel() for p in self.denoiser.parameters()) - zeros),
+            holds_teacher=self.distill_weight > 0,
+        )
+
+    def shard(self, mesh: Any) -> None:
+        if self.freeze_masks_at is not None or self.mask_scores != "magnitude":
+            key = "mask_scores" if self.freeze_masks_at is None else "freeze_masks_at"
+            raise InputError(f"model.{key}: masks that do not follow the weights cannot be sharded; use DDP")
+        super().shard(mesh)
+
     # SparsityControl
 
     def set_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
@@ -203,21 +226,22 @@ class SparseDM(PruningModule):
         """The dense start, the same under one-shot magnitude masks, and the result."""
         dense = self._dense.on(self.device)
         if self._pattern is None:
-            return {"dense": Variant(dense), "dense fine-tuned": Variant(self.denoiser)}
+            return {"dense": Variant(dense), "dense fine-tuned": Variant(self.whole_denoiser())}
         one_shot = deepcopy(dense)
         MaskSet(one_shot.network, self._units, self.target_sparsity)
         target = str(self.target_sparsity)
         networks = {"dense": dense, f"one-shot {target}": one_shot}
-        networks |= {f"sparsedm at {name}": self._under(pattern) for name, pattern in self._further()}
-        networks[f"sparsedm {target}"] = self.denoiser
+        whole = self.whole_denoiser()
+        networks |= {f"sparsedm at {name}": self._under(pattern, whole) for name, pattern in self._further()}
+        networks[f"sparsedm {target}"] = whole
         return {name: Variant(network) for name, network in networks.items()}
 
     def _further(self) -> list[tuple[str, Sparsity | None]]:
         """Patterns besides the target that the weights were trained for, by name."""
         return [("dense", None), *((str(pattern), pattern) for pattern in self.also)] if self.also else []
 
-    def _under(self, pattern: Sparsity | None) -> Denoiser:
-        copy = deepcopy(self.denoiser)
+    def _under(self, pattern: Sparsity | None, whole: Denoiser) -> Denoiser:
+        copy = deepcopy(whole)
         MaskSet(copy.network, self._units, pattern)
         return copy
 

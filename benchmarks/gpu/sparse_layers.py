@@ -1,0 +1,102 @@
+"""2:4 against dense, layer by layer, at the shapes of real transformer blocks.
+
+    python benchmarks/gpu/sparse_layers.py
+
+Each layer of U-ViT-S/2, U-ViT-L/2, DiT-XL/2, and of Stable Diffusion 1.5's and XL's transformer blocks, in bfloat16 and
+float16, for 1 to 64 images, eager and compiled, in interleaved turns. Cells that lose are there like those that win.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune.export.semi_structured import accelerate, missing
+from lightning_prune.protocols import Sparsity
+from lightning_prune.pruning.nm import nm_mask
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measure import attempt, cell, device_or_none, parser, write
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A linear layer of a network: outputs, inputs, and rows that one image gives it."""
+
+    network: str
+    layer: str
+    outputs: int
+    inputs: int
+    tokens: int
+
+
+def _block(network: str, width: int, hidden: int, tokens: int, fused: bool) -> Iterator[Shape]:
+    yield Shape(network, "qkv" if fused else "q", 3 * width if fused else width, width, tokens)
+    yield Shape(network, "attention output", width, width, tokens)
+    yield Shape(network, "feed-forward in", hidden, width, tokens)
+    yield Shape(network, "feed-forward out", width, 4 * width, tokens)
+
+
+SHAPES = [
+    *_block("U-ViT-S/2", 512, 2048, 257, True),
+    *_block("U-ViT-L/2", 1024, 4096, 258, True),
+    *_block("DiT-XL/2", 1152, 4608, 256, False),
+    *_block("SD-1.5, 64 x 64", 320, 2560, 4096, False),
+    *_block("SD-1.5, 32 x 32", 640, 5120, 1024, False),
+    *_block("SD-1.5, 16 x 16", 1280, 10240, 256, False),
+    *_block("SDXL, 64 x 64", 640, 5120, 4096, False),
+    *_block("SDXL, 32 x 32", 1280, 10240, 1024, False),
+]
+TOYS = [Shape("toy", "square", 64, 64, 8)]
+BATCHES, TOY_BATCHES = (1, 4, 16, 64), (1, 2)
+
+
+def arms(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> dict[str, Any]:
+    """A dense and a 2:4 layer on the same input; without a kernel, as on a CPU, the second is dense with zeros."""
+    x = torch.randn(batch * shape.tokens, shape.inputs, device=device, dtype=dtype)
+    dense, sparse = (nn.Sequential(nn.Linear(shape.inputs, shape.outputs)).to(device, dtype) for _ in range(2))
+    weight = sparse[0].get_parameter("weight")
+    weight.data.mul_(nm_mask(weight, Sparsity(2, 4)))
+    if missing(device) is None:
+        accelerate(sparse, ("0",), device)
+    networks = {"dense": dense, "2:4": sparse}
+    calls = {name: torch.compile(network) if compiled else network for name, network in networks.items()}
+
+    def call(network: Any) -> Callable[[], object]:
+        @torch.no_grad()
+        def run() -> object:
+            return network(x)
+
+        return run
+
+    return {name: call(network) for name, network in calls.items()}
+
+
+def main() -> int:
+    """Measure and print."""
+    options = parser(__doc__).parse_args()
+    device = device_or_none(options.toy)
+    if device is None:
+        return 0
+    shapes, batches = (TOYS, TOY_BATCHES) if options.toy else (SHAPES, BATCHES)
+    dtypes = (torch.bfloat16,) if options.toy else (torch.bfloat16, torch.float16)
+    cells = []
+    for shape in shapes:
+        for dtype in dtypes:
+            for batch in batches:
+                for compiled in (False,) if options.toy else (False, True):
+                    found = attempt(lambda: cell(arms(shape, batch, dtype, device, compiled), options.repeats))  # noqa: B023
+                    about = {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "compiled": compiled}
+                    cells.append({**vars(shape), **about, **found})
+                    print(cells[-1], flush=True)
+    return write("sparse_layers", device, cells, options.toy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""What pruning costs: statistics and surgery of all stages against sampling, and the greedy loop against a naive one.
+
+    python benchmarks/mosaicdiff_prune.py
+
+* `ratio_sampling`: seconds to collect statistics and to prune every stage over seconds to sample 1,000 images with the
+  dense network (1,000 times the seconds an image of 64, drawn in turn with the pruning).
+* `ratio_memory`: growth of the process' own memory at its peak while pruning, over the dense network, its activations
+  for one calibration batch and the statistics of one layer group. Statistics themselves are mapped from a file.
+* `speedup_over_naive`: seconds of the published loop, a Python loop over columns, over ours, on one feed-forward layer;
+  both end with the same columns and the same weights.
+
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_prune.data import EmbeddedFashion
+from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.methods.mosaicdiff.plan import (
+    draw_in_bins,
+    refine,
+    sampling_grid,
+    stages_for,
+    visited_timesteps,
+)
+from lightning_prune.methods.mosaicdiff.pruner import Pruner
+from lightning_prune.methods.mosaicdiff.recipe import Recipe
+from lightning_prune.methods.mosaicdiff.sensitivity import Probe
+from lightning_prune.pruning.curvature import Curvature
+from lightning_prune.pruning.obs import Layer, columns_of, greedy_removal
+
+PROCESS = Process(schedule="cosine", prediction="v")
+
+
+def own_memory() -> int:
+    """Bytes of this process that no file backs (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the kernel does not report RssAnon")
+
+
+class Peak:
+    """Largest growth of the process' own memory while the block runs, sampled a hundred times a second."""
+
+    def __enter__(self) -> Peak:
+        self.start = self.largest = own_memory()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.largest = max(self.largest, own_memory())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def growth(self) -> int:
+        return self.largest - self.start
+
+
+def prune(dense: DiT, sampler: Sampler, recipe: Recipe, batches: int, batch: int, target: float, folder: Path) -> None:
+    """Statistics of all stages and layers, then the recipe's stages."""
+    grid = sampling_grid(PROCESS, sampler)
+    bins = refine([stages_for(recipe, grid, 1.0)])
+    curvature = Curvature(dense.network, dense.groups(), len(bins), folder)
+    images = EmbeddedFashion().split("train")
+    visited, generator = visited_timesteps(PROCESS, sampler), torch.Generator().manual_seed(0)
+    for number in range(batches):
+        rows = images.__getitems__(list(range(number * batch, (number + 1) * batch)))
+        x0, cond = torch.stack([r["x"] for r in rows]), torch.stack([r["cond"] for r in rows])
+        bin_of, t = draw_in_bins(bins, visited, PROCESS, batch, generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        with torch.no_grad(), curvature.collecting(bin_of):
+            dense(PROCESS.add_noise(x0, noise, t), t, cond)
+    probe = Probe(dense, PROCESS, sampler, torch.arange(16) % 10, seed=1)
+    Pruner(dense, PROCESS, sampler, bins, curvature, 1.0, 1e-3, probe).prune(recipe, target)
+
+
+def naive(weight: Tensor, hessian: Tensor, removals: int) -> tuple[list[int], Tensor]:
+    """The published loop, a column at a time: score every column, remove one, update weight and inverse."""
+    w, p, order = weight.clone(), torch.linalg.inv(hessian), []
+    left = list(range(len(hessian)))
+    for _ in range(removals):
+        scores = [float((w[:, j] @ w[:, j]) / p[j, j]) for j in left]
+        j = left.pop(scores.index(min(scores)))
+        w -= torch.outer(w[:, j], p[j] / p[j, j])
+        p -= torch.outer(p[:, j], p[j] / p[j, j])
+        p[j], p[:, j] = 0, 0
+        p[j, j] = 1
+        w[:, j] = 0
+        order.append(j)
+    return order, w
+
+
+def ours(weight: Tensor, hessian: Tensor, removals: int) -> tuple[list[int], Tensor]:
+    """The whole order, then one refit."""
+    layer = Layer.of(weight, hessian, damping=0.0)
+    removal = greedy_removal(layer, len(hessian), 1)
+    kept = columns_of(removal.kept(removals), 1, len(hessian), len(hessian))
+    refit = torch.zeros_like(layer.weight)
+    refit[:, kept] = layer.refit(kept)
+    return list(removal.order[:removals]), refit
+
+
+def speedup(width: int, rows: int, out: int) -> tuple[float, float]:
+    """Seconds of the naive loop over ours for half of `width` columns, and the largest difference of their weights."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.eye(width, dtype=torch.float64) + 0.1 * torch.randn(width, width, generator=generator).double()
+    x = torch.randn(rows, width, generator=generator).double() @ mix
+    weight, hessian = torch.randn(out, width, generator=generator).double(), x.T @ x
+    seconds, found = [], []
+    for function in (naive, ours):
+        began = time.perf_counter()
+        found.append(function(weight, hessian, width // 2))
+        seconds.append(time.perf_counter() - began)
+    if found[0][0] != found[1][0]:
+        raise RuntimeError("the two loops removed different columns")
+    return seconds[0] / seconds[1], float((found[0][1] - found[1][1]).abs().max())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, default=10, help="calibration batches")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--target", type=float, default=0.33)
+    parser.add_argument("--width", type=int, default=512, help="columns of the layer the loops are compared on")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    dense, sampler = DiT(weights="embedded:fashion_dit").eval().requires_grad_(False), Sampler(steps=options.steps)
+    ids, cond, sampling = torch.arange(64), torch.arange(64) % 10, []
+
+    def sample() -> None:
+        began = time.perf_counter()
+        sample_images(dense, PROCESS, ids, cond, sampler)
+        sampling.append((time.perf_counter() - began) / 64)
+
+    sample()
+    sampling.clear()
+    with Peak() as forward:
+        sample()
+    largest = max(g.units * g.columns + 1 for g in dense.groups())
+    # A layer group in float64: second moments, their inverse, the Gram matrix of the weights and one working copy.
+    one_group = 4 * 8 * largest**2
+    network = sum(p.numel() * p.element_size() for p in dense.parameters())
+    with tempfile.TemporaryDirectory() as folder, Peak() as peak:
+        began = time.perf_counter()
+        prune(dense, sampler, Recipe(stages=5), options.batches, options.batch, options.target, Path(folder))
+        pruning = time.perf_counter() - began
+    sample()
+    seconds_per_image = sum(sampling) / len(sampling)
+    factor, difference = speedup(options.width, 4 * options.width, 128)
+    result = {
+        "ratio_sampling": pruning / (1000 * seconds_per_image),
+        "ratio_memory": (network + peak.growth) / (network + forward.growth + one_group),
+        "speedup_over_naive": factor,
+        "largest_difference": difference,
+        "prune_seconds": pruning,
+        "seconds_per_image": seconds_per_image,
+        "peak_growth_bytes": peak.growth,
+        "forward_growth_bytes": forward.growth,
+        "layer_group_bytes": one_group,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""2:4 layers in the packed form that sparse tensor cores read: half of the values, and two bits of place for each.
+
+Packing is torch's own, behind a probe: what a device, a type and a shape allow is asked of the installed torch at run
+time. Files hold the packed form; what loads them gets valid zeros, and `accelerate` turns layers into
+`torch.sparse` semi-structured tensors where there is a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUTLASS, to_sparse_semi_structured
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from lightning_prune.protocols import InputError, Sparsity
+from lightning_prune.pruning.nm import violations
+
+TWO_FOUR = Sparsity(2, 4)
+DTYPES = (torch.float16, torch.bfloat16)
+_CAPABILITY = (8, 0)
+_PACKED, _META = ".packed", ".meta"
+
+
+def missing(device: torch.device | str) -> str | None:
+    """What a device lacks to compute with semi-structured tensors, in words; None if it has all."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"{device.type} has no semi-structured kernel; a CUDA device has"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}, at least 8.0 is needed"
+    return None
+
+
+def unfit(layer: nn.Module, sparsity: Sparsity, dtype: torch.dtype) -> str | None:
+    """Why a layer cannot be packed, in words; None if it can.
+
+    The smallest multiples of rows and columns are those of the installed torch.
+    """
+    if sparsity != TWO_FOUR:
+        return f"{sparsity} is not 2:4"
+    if not isinstance(layer, nn.Linear):
+        return f"a {type(layer).__name__.removeprefix('Masked')}; kernels are for linear layers"
+    if dtype not in DTYPES:
+        return f"{dtype} is neither float16 nor bfloat16"
+    limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    rows, columns = layer.weight.shape
+    if rows % limits.sparse_min_rows or columns % limits.sparse_min_cols:
+        return f"{rows} x {columns} is no multiple of {limits.sparse_min_rows} x {limits.sparse_min_cols}"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers are packed, and why the others are not, by qualified name."""
+
+    packed: tuple[str, ...]
+    dense: dict[str, str]
+
+
+def plan(network: nn.Module, patterns: Mapping[str, Sparsity], dtype: torch.dtype) -> Plan:
+    """What of the masked layers of a network can be packed in `dtype`.
+
+    Raises:
+        InputError: none can.
+    """
+    reasons = {name: unfit(network.get_submodule(name), sparsity, dtype) for name, sparsity in patterns.items()}
+    packed = tuple(name for name, reason in reasons.items() if reason is None)
+    if not packed:
+        reason = next(iter(reasons.values()), None) or "no layer is masked"
+        raise InputError(f"--format: no layer can be semi-structured: {reason}")
+    return Plan(packed, {name: reason for name, reason in reasons.items() if reason})
+
+
+def pack(state: Mapping[str, Tensor], packed: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict in `dtype` with every weight of `packed` layers as `<name>.weight.packed` and `.meta`.
+
+    Raises:
+        InputError: a weight with more than two non-zeros in a group of four.
+    """
+    weights = {f"{name}.weight" for name in packed}
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if name not in weights:
+            result[name] = value
+            continue
+        if violations(value, TWO_FOUR):
+            raise InputError(f"--format: {name} is not 2:4: a group of four holds more than two values")
+        result[name + _PACKED], result[name + _META] = sparse_semi_structured_from_dense_cutlass(value)
+    return result
+
+
+def unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict that `pack` was given, with valid zeros."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if name.endswith(_PACKED):
+            weight = name.removesuffix(_PACKED)
+            result[weight] = sparse_semi_structured_to_dense_cutlass(tensor, stored[weight + _META])
+        elif not name.endswith(_META):
+            result[name] = tensor
+    return result
+
+
+def accelerate(network: nn.Module, packed: tuple[str, ...], device: torch.device | str) -> nn.Module:
+    """Move a network to `device` and turn its packed layers into semi-structured tensors, in place.
+
+    Raises:
+        InputError: naming what the device lacks.
+    """
+    if reason := missing(device):
+        raise InputError(f"device: {reason}")
+    network.to(device)
+    for name in packed:
+        layer = network.get_submodule(name)
+        sparse = to_sparse_semi_structured(layer.get_parameter("weight").detach())
+        layer.register_parameter("weight", nn.Parameter(sparse, requires_grad=False))
+    return network

@@ -1,0 +1,68 @@
+"""How one result is made: where the stages are, what is removed in each, and how the rest makes up for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_prune.protocols import InputError
+from lightning_prune.pruning.stages import MAXIMUM
+
+Allocator = Literal["published", "uniform", "measured", "evolution", "learned"]
+Criterion = Literal["obs", "magnitude", "taylor", "random"]
+Sensitivity = Literal["final", "output", "layer"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to prune.
+
+    Args:
+        allocation: "published" takes the sparsity of a stage from the noise schedule, the same for all its layers;
+            "uniform" takes one for all stages; "measured" minimises measured errors by dynamic programming over stages
+            and layers; "evolution" searches sparsities of stages by the drift of sampled images; "learned" optimises
+            widths of stages and layers by gradient.
+        stages: number of stages of equal length; null takes the early, middle and late stage of the published rule.
+        criterion: what units go first: Optimal Brain Surgeon's error, the norm of their weights, the first-order change
+            of the loss, or chance.
+        compensate: refit the layers that read removed units.
+        affine: refit their biases too.
+        nested: one order of removal for all stages, so that what a stage keeps contains what a slimmer one keeps.
+        sparsity: share of units to remove on average, for "published" and "uniform", in place of a target in MACs.
+        threshold: M of the published stages.
+        snr_weight: lambda' of the published score.
+        sensitivity: what "measured" weighs errors by: the drift of final images when one stage is pruned, the error of
+            the network's output, or that of single layers.
+        maximum: largest share of a width that may go.
+        evaluations: candidates that "evolution" samples with, and steps that "learned" takes.
+
+    Raises:
+        InputError: values that contradict each other.
+    """
+
+    allocation: Allocator = "measured"
+    stages: int | None = None
+    criterion: Criterion = "obs"
+    compensate: bool = True
+    affine: bool = False
+    nested: bool = False
+    sparsity: float | None = None
+    threshold: float = 0.55
+    snr_weight: float = 0.0
+    sensitivity: Sensitivity = "final"
+    maximum: float = MAXIMUM
+    evaluations: int = 24
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and self.allocation not in ("published", "uniform"):
+            raise InputError(f"recipe.sparsity: the {self.allocation!r} allocation takes model.target instead")
+        if self.affine and not self.compensate:
+            raise InputError("recipe.affine: biases are refitted with the weights only; set compensate")
+        if not 0 < self.maximum < 1:
+            raise InputError(f"recipe.maximum: {self.maximum:g} is not in (0, 1)")
+        if self.stages is not None and self.stages < 1:
+            raise InputError(f"recipe.stages: {self.stages} is not positive")
+        if not 0 < self.threshold <= 1:
+            raise InputError(f"recipe.threshold: {self.threshold:g} is not in (0, 1]")
+        if self.evaluations < 1:
+            raise InputError(f"recipe.evaluations: {self.evaluations} is not positive")

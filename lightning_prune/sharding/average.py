@@ -1,0 +1,90 @@
+"""The moving average of weights that are spread over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from lightning_prune.sharding.network import full
+
+
+class _LocalAverage:
+    """Averages of a module's parameters, each process those of its own shards: averaging is element by element."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update_parameters(self, module: nn.Module) -> None:
+        """average <- decay * average + (1 - decay) * weight; the first time the weight itself."""
+        for name, parameter in module.named_parameters():
+            average = self.tensors[name]
+            average.copy_(parameter if self.updates == 0 else average * self.decay + parameter * (1 - self.decay))
+        self.updates += 1
+
+    @torch.no_grad()
+    def swap(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            current = parameter.detach().clone()
+            parameter.copy_(self.tensors[name])
+            self.tensors[name].copy_(current)
+
+
+class ShardedAverage(EMAWeightAveraging):
+    """`EMAWeightAveraging` under FSDP2, with the same arithmetic and the same checkpoint.
+
+    Lightning's copies the module before it is sharded, whole, on every process.
+
+    Args:
+        decay: decay of the moving average.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=False, decay=decay)
+        self.decay = decay
+        self._average: _LocalAverage | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing yet: parameters are sharded after this."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._average = _LocalAverage(pl_module, self.decay)
+        self._average_model: Any = self._average  # what the inherited hooks update
+
+    @property
+    def average(self) -> _LocalAverage:
+        """What is averaged; there is one once fitting has started."""
+        assert self._average is not None
+        return self._average
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        averaged = {name: full(tensor).cpu() for name, tensor in self.average.tensors.items()}
+        checkpoint["current_model_state"] = checkpoint["state_dict"]  # empty but on the first process
+        if checkpoint["state_dict"]:
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **averaged}
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self.average.updates)}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # The strategy has put the checkpoint's `state_dict`, which is the average, into the module by now.
+        self._average = self._average_model = _LocalAverage(pl_module, self.decay)
+        if "current_model_state" not in checkpoint:
+            return
+        self.average.updates = int(checkpoint["averaging_state"]["n_averaged"])
+        current: dict[str, Any] = checkpoint["current_model_state"]
+        set_model_state_dict(pl_module, current, options=StateDictOptions(full_state_dict=True))
+
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        self.average.swap(pl_module)
+
+    def _copy_average_to_current(self, pl_module: pl.LightningModule) -> None:
+        self.average.swap(pl_module)

@@ -1,0 +1,63 @@
+"""Bad input to MosaicDiff through the command line: one line, status 2, nothing left behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from lightning_prune.data import fashion
+from tests.cli.test_bad_input import MODEL, refused
+
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "mosaicdiff_dit.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([f"{MODEL}.target=1.5"], "model.target"),
+        ([f"{MODEL}.target=0.9"], "the largest is"),
+        ([f"{MODEL}.recipe.stages=9"], "9 stages of 4 sampling steps"),
+        ([f"{MODEL}.recipe.allocation=best"], "allocation"),
+        ([f"{MODEL}.steps=0"], "0 sampling steps"),
+        (["--data.init_args.batch_size=2"], "2 samples for 3 stages"),
+    ],
+)
+def test_the_line_names_what_is_wrong(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in refused(arguments, capsys, tmp_path, SMOKE)
+
+
+def test_a_network_whose_widths_cannot_be_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One head and one group of a norm: there is nothing to remove."""
+    content = yaml.safe_load(SMOKE.read_text())
+    content["model"]["init_args"]["denoiser"] = {
+        "class_path": "lightning_prune.diffusion.models.unet2d.UNet2D",
+        "init_args": {
+            "config": {
+                "sample_size": 32,
+                "in_channels": 1,
+                "out_channels": 1,
+                "layers_per_block": 1,
+                "block_out_channels": [4],
+                "down_block_types": ["DownBlock2D"],
+                "up_block_types": ["UpBlock2D"],
+                "norm_num_groups": 1,
+                "attention_head_dim": 4,
+                "num_class_embeds": 11,
+            }
+        },
+    }
+    (tmp_path / "single.yaml").write_text(yaml.safe_dump(content))
+    assert "no width that can be cut" in refused([], capsys, tmp_path, tmp_path / "single.yaml")
+
+
+def test_images_that_are_all_equal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with np.load(fashion.EMBEDDED_FILE) as arrays:
+        constant = {name: np.full_like(a[:64], 7) if "images" in name else a[:64] for name, a in arrays.items()}
+    np.savez(tmp_path / "constant.npz", **constant)
+    monkeypatch.setattr(fashion, "EMBEDDED_FILE", tmp_path / "constant.npz")
+    assert "all images of the first batch are equal" in refused([], capsys, tmp_path, SMOKE)

@@ -1,0 +1,138 @@
+"""Packed 2:4 layers: what fits, what is refused and why, and that unpacking gives back every bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_prune
+from lightning_prune.cli import main
+from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.export import save_artifact
+from lightning_prune.export.packed import FILE
+from lightning_prune.export.semi_structured import accelerate, missing, pack, plan, unfit, unpack
+from lightning_prune.protocols import InputError, Sparsity
+from lightning_prune.pruning.masks import MaskSet, effective_state, select_units
+from lightning_prune.pruning.nm import nm_mask, violations
+from tests.factories import tiny_sparsedm
+
+TWO_FOUR = Sparsity(2, 4)
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def packable_dit() -> DiT:
+    """A transformer all of whose layers have shapes that kernels take."""
+    torch.manual_seed(0)
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_layers": 1,
+    }
+    return DiT(config={**settings, "sample_size": 8, "patch_size": 4, "num_embeds_ada_norm": 10})
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    denoiser = packable_dit()
+    MaskSet(denoiser.network, select_units(denoiser.anatomy(), None, denoiser.default_dense(), 4), TWO_FOUR)
+    return save_artifact(denoiser, tmp_path / "artifact", "sparsedm", {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(32, 64), (64, 128), (96, 64)])
+def test_unpacking_gives_back_every_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = weight * nm_mask(weight, TWO_FOUR)
+    weight[0] = 0  # rows with fewer than two values are 2:4 as well
+    stored = pack({"a.weight": weight, "b.weight": weight, "n": torch.tensor(3)}, ("a",), dtype)
+    assert stored["a.weight.packed"].shape == (shape[0], shape[1] // 2)
+    bits = stored["a.weight.meta"].numel() * stored["a.weight.meta"].element_size() * 8
+    assert bits == 2 * weight.numel() // 2, "two bits for each value that is kept"
+    found = unpack(stored)
+    assert found.keys() == {"a.weight", "b.weight", "n"}
+    assert torch.equal(found["a.weight"], weight)
+    assert torch.equal(found["n"], torch.tensor(3))
+
+
+def test_a_weight_that_is_not_2_4_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a\.weight is not 2:4"):
+        pack({"a.weight": torch.ones(32, 64)}, ("a",), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sparsity", "dtype", "reason"),
+    [
+        (nn.Linear(64, 32), TWO_FOUR, torch.float16, None),
+        (nn.Linear(64, 32), Sparsity(4, 8), torch.float16, "4:8 is not 2:4"),
+        (nn.Conv2d(64, 32, 1), TWO_FOUR, torch.float16, "a Conv2d; kernels are for linear layers"),
+        (nn.Linear(64, 32), TWO_FOUR, torch.float32, "neither float16 nor bfloat16"),
+        (nn.Linear(64, 40), TWO_FOUR, torch.float16, "40 x 64 is no multiple of 32 x 64"),
+    ],
+)
+def test_what_fits(layer: nn.Module, sparsity: Sparsity, dtype: torch.dtype, reason: str | None) -> None:
+    found = unfit(layer, sparsity, dtype)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_the_cpu_says_what_it_lacks() -> None:
+    assert missing("cpu") == "cpu has no semi-structured kernel; a CUDA device has"
+    with pytest.raises(InputError, match="cpu has no semi-structured kernel"):
+        accelerate(nn.Sequential(nn.Linear(64, 32)), ("0",), "cpu")
+
+
+def test_a_plan_keeps_unfit_layers_dense_with_a_reason() -> None:
+    network = nn.ModuleDict({"fits": nn.Linear(64, 64), "small": nn.Linear(16, 16)})
+    found = plan(network, {"fits": TWO_FOUR, "small": TWO_FOUR}, torch.bfloat16)
+    assert found.packed == ("fits",)
+    assert "16 x 16 is no multiple" in found.dense["small"]
+    with pytest.raises(InputError, match="no layer can be semi-structured: 16 x 16"):
+        plan(network, {"small": TWO_FOUR}, torch.bfloat16)
+
+
+def test_a_packed_artifact_computes_as_the_masked_network_in_its_type(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "packed"
+    arguments = ["--artifact", str(artifact), "--format", "semi-structured", "--dtype", "bfloat16"]
+    assert main(["export", *arguments, "--output", str(target)]) == 0
+    assert "packed 6 layers" in capsys.readouterr().out
+    manifest = json.loads((target / "pruning.json").read_text())
+    assert manifest["semi_structured"]["seconds"] == "not measured"
+    masked, packed = lightning_prune.load(artifact).to(torch.bfloat16), lightning_prune.load(target)
+    for name in manifest["semi_structured"]["packed"]:
+        assert violations(packed.network.get_submodule(name).weight, TWO_FOUR) == 0
+    x, t, cond = torch.randn(2, 1, 8, 8).bfloat16(), torch.tensor([1, 900]), torch.tensor([0, 3])
+    with torch.no_grad():
+        assert torch.equal(packed(x, t, cond), masked(x, t, cond))
+    dense_bytes = sum(tensor.numel() * 2 for tensor in effective_state(masked.network).values())
+    assert (target / FILE).stat().st_size < dense_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "semi-structured"], "--artifact: needed for --format semi-structured"),
+        ([], "--ckpt_path: needed for --format dense"),
+        (["--format", "semi-structured", "--artifact", "ARTIFACT", "--device", "cpu"], "--device: cpu has no"),
+    ],
+)
+def test_bad_options_name_themselves(
+    arguments: list[str], message: str, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(artifact) if word == "ARTIFACT" else word for word in arguments]
+    assert main(["export", *given, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_artifact_of_another_pattern_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module: Any = tiny_sparsedm(sparsity="3:4")
+    folder = save_artifact(module.denoiser, tmp_path / "artifact", "sparsedm", {})
+    command = ["export", "--artifact", str(folder), "--format", "semi-structured", "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "no layer can be semi-structured: 3:4 is not 2:4" in capsys.readouterr().err

@@ -1,0 +1,295 @@
+"""MosaicDiff through `fit`: statistics, recipes, budgets, resuming, artefacts, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+import lightning_prune
+from lightning_prune.callbacks import ArtifactWriter, LastCheckpoint
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.routing import StagedDenoiser
+from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe
+from lightning_prune.methods.mosaicdiff.plan import (
+    draw_in_bins,
+    refine,
+    sampling_grid,
+    stages_for,
+    timesteps_of,
+    visited_timesteps,
+)
+from lightning_prune.methods.mosaicdiff.pruner import parameters_held
+from lightning_prune.methods.mosaicdiff.sensitivity import interpolated
+from lightning_prune.metrics.trajectory import trajectory_cost
+from lightning_prune.protocols import InputError
+from lightning_prune.pruning.stages import Stage, equal_stages
+from tests.factories import fit, tiny_dit, tiny_unet
+
+PROCESS = Process(schedule="cosine", prediction="v")
+RIVALS = {
+    "published": Recipe("published"),
+    "uniform": Recipe("uniform"),
+    "magnitude": Recipe("uniform", stages=1, criterion="magnitude", compensate=False),
+    "taylor": Recipe("uniform", stages=1, criterion="taylor"),
+    "random": Recipe("uniform", stages=1, criterion="random"),
+    "evolution": Recipe("evolution", stages=2, evaluations=2),
+    "learned": Recipe("learned", stages=2, evaluations=1),
+    "layers": Recipe(stages=2, sensitivity="layer", nested=True),
+    "affine": Recipe(stages=2, sensitivity="output", affine=True),
+}
+
+
+def module(**arguments: Any) -> MosaicDiff:
+    settings: dict[str, Any] = {"target": 0.25, "steps": 4, "recipe": Recipe(stages=2), "probe_images": 2}
+    return MosaicDiff(tiny_dit(), PROCESS, **{**settings, **arguments})
+
+
+def calibrate(
+    pruned: MosaicDiff, folder: Path, batches: int = 2, ckpt: Path | None = None, **trainer: Any
+) -> MosaicDiff:
+    fit(pruned, folder, ckpt, max_steps=-1, max_epochs=1, limit_train_batches=batches, **trainer)
+    return pruned
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[MosaicDiff, Path]:
+    """One calibration and every recipe made from it."""
+    folder = tmp_path_factory.mktemp("run")
+    return calibrate(module(rivals=RIVALS), folder, callbacks=[ArtifactWriter()]), folder
+
+
+def images(denoiser: Any, steps: int = 4) -> Tensor:
+    return sample_images(denoiser, PROCESS, torch.arange(3), torch.tensor([1, 5, 9]), Sampler(steps=steps))
+
+
+@pytest.mark.parametrize("name", [*RIVALS, "mosaicdiff measured"])
+def test_every_recipe_meets_the_target_from_below(name: str, run: tuple[MosaicDiff, Path]) -> None:
+    pruned, dense = run[0].results()[name], run[0].denoiser
+    sampler = Sampler(steps=4)
+    before, after = (trajectory_cost(d, PROCESS, sampler).macs() for d in (dense, pruned.denoiser))
+    assert after == pruned.denoiser.facts["macs_per_image"], "exported modules cost what was predicted"
+    assert after <= 0.75 * before
+    for s, row in enumerate(pruned.removed):
+        for g, count in enumerate(row):
+            unit = pruned.problem.steps[s] * pruned.problem.unit_macs[g]
+            assert count == 0 or after + unit > 0.75 * before, "another unit fits"
+    assert not torch.equal(images(pruned.denoiser), images(dense))
+    assert torch.isfinite(images(pruned.denoiser)).all()
+
+
+def test_published_stages_have_one_ratio_for_all_layers_but_what_was_given_back(run: tuple[MosaicDiff, Path]) -> None:
+    pruned = run[0].results()["published"]
+    channels = [g for g, group in enumerate(pruned.problem.groups) if group.kind == "channels"]
+    assert sum(len({row[g] for g in channels}) > 1 for row in pruned.removed) <= 1
+
+
+def test_nested_stages_contain_each_other(run: tuple[MosaicDiff, Path]) -> None:
+    pruned = run[0].results()["layers"]
+    widths = [network.transformer_blocks[0].ff.net[0].proj.weight for network in pruned.denoiser.network]
+    fewer, more = sorted(widths, key=len)
+    rows = {tuple(row.tolist()) for row in more}
+    assert all(tuple(row.tolist()) in rows for row in fewer)
+
+
+def test_the_run_leaves_tables_drawings_and_an_artefact(run: tuple[MosaicDiff, Path]) -> None:
+    pruned, folder = run
+    names = {p.name for p in (folder / "stages").iterdir()}
+    assert names >= {"published.json", "published.svg", "mosaicdiff-measured.json", "mosaicdiff-measured.svg"}
+    loaded = lightning_prune.load(folder / "artifact")
+    result = list(pruned.variants().values())[-1].denoiser
+    assert torch.equal(images(loaded), images(result))
+    assert loaded.facts["calibration"] == result.facts["calibration"]
+    assert loaded.facts["timesteps"] == [999, 749, 499, 249]
+    assert torch.equal(pruned.sample_images(torch.arange(3), torch.tensor([1, 5, 9]), Sampler(steps=4)), images(result))
+
+
+def test_parameters_held_are_counted(run: tuple[MosaicDiff, Path]) -> None:
+    for pruned in run[0].results().values():
+        found = run[0].parameters_of(pruned)
+        assert found["shared"] <= found["stitched"]
+        if all(k > 0 for row in pruned.removed for k in row):  # or stages share what one of them leaves whole
+            assert found["shared"] == parameters_held(run[0].denoiser, pruned.problem, pruned.removed)
+
+
+def test_what_is_planned_is_what_a_uniform_recipe_does(run: tuple[MosaicDiff, Path]) -> None:
+    planned = module(recipe=RIVALS["magnitude"]).planned()
+    pruned = run[0].results()["magnitude"]
+    assert planned.axis == "widths"
+    assert planned.macs_kept == 1 - pruned.denoiser.facts["macs_removed"]
+    assert set(planned.touched) == {group.name for group in pruned.problem.groups}
+    assert planned.parameters_kept == sum(p.numel() for p in pruned.denoiser.parameters())
+
+
+def test_variants_are_named_before_they_exist() -> None:
+    fresh = module(rivals={"published": Recipe("published")})
+    assert list(fresh.variants()) == ["dense", "published", "mosaicdiff measured"]
+    assert fresh.kept_fraction() == {"aten": 1.0}
+
+
+def test_nothing_to_remove_is_the_dense_network(tmp_path: Path) -> None:
+    pruned = calibrate(module(target=0.0, rivals={"zero": Recipe("published", sparsity=0.0)}), tmp_path)
+    for result in pruned.results().values():
+        assert torch.equal(images(result.denoiser), images(pruned.denoiser))
+        held = {p.data_ptr() for p in result.denoiser.parameters()}
+        assert held == {p.data_ptr() for p in pruned.denoiser.parameters()}
+
+
+class Asking(pl.Callback):
+    """Asks for variants in the middle of the calibration, as a grid of samples does on one process."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        assert pl_module.variants()["mosaicdiff measured"].denoiser is pl_module.denoiser
+
+
+def test_asking_too_early_changes_nothing(tmp_path: Path) -> None:
+    asked = calibrate(module(), tmp_path / "asked", callbacks=[Asking()])
+    plain = calibrate(module(), tmp_path / "plain")
+    assert (
+        asked.results()["mosaicdiff measured"].denoiser.facts == plain.results()["mosaicdiff measured"].denoiser.facts
+    )
+    assert isinstance(asked.variants()["mosaicdiff measured"].denoiser, StagedDenoiser)
+
+
+class SaveAfter(Checkpoint):
+    """Writes a checkpoint after a batch."""
+
+    def __init__(self, batch: int, file: Path) -> None:
+        self.batch, self.file = batch, file
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        if arguments[-1] == self.batch:
+            trainer.save_checkpoint(self.file)
+
+
+def test_resumed_in_mid_epoch_equals_uninterrupted(tmp_path: Path) -> None:
+    whole = calibrate(module(), tmp_path / "whole", 3)
+    file = tmp_path / "one.ckpt"
+    calibrate(module(), tmp_path / "first", 3, callbacks=[SaveAfter(0, file)], enable_checkpointing=True)
+    torch.manual_seed(12345)
+    resumed = calibrate(module(), tmp_path / "second", 3, file)
+    first, second = (m.results()["mosaicdiff measured"] for m in (whole, resumed))
+    assert first.removed == second.removed
+    assert first.denoiser.facts == second.denoiser.facts
+    assert torch.equal(images(first.denoiser), images(second.denoiser))
+
+
+def test_the_last_checkpoint_holds_the_statistics(tmp_path: Path) -> None:
+    pruned = calibrate(module(), tmp_path, callbacks=[LastCheckpoint()], enable_checkpointing=True)
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    again = module()
+    again.on_load_checkpoint(torch.load(file, weights_only=True))
+    again.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    assert again.results()["mosaicdiff measured"].removed == pruned.results()["mosaicdiff measured"].removed
+    other = module(recipe=Recipe(stages=3))
+    with pytest.raises(InputError, match="other stages"):
+        other.on_load_checkpoint(torch.load(file, weights_only=True))
+
+
+def test_guidance_and_own_states_fill_every_stage(tmp_path: Path) -> None:
+    plain = calibrate(module(guidance=2.0), tmp_path / "plain", 1)
+    weighted = calibrate(module(guidance=2.0, guidance_weighted=True), tmp_path / "weighted", 1)
+    own = calibrate(module(calibration="sampler"), tmp_path / "own", 1)
+    assert plain._curvature is not None
+    assert weighted._curvature is not None
+    assert own._curvature is not None
+    assert plain._curvature.rows[:, 0].tolist() == [2 * 4 * 16] * 2, "8 samples in 2 stages, twice, of 16 tokens"
+    assert own._curvature.rows[:, 0].tolist() == [2 * 8 * 16] * 2, "2 steps of 8 samples in each stage"
+    name = own._curvature.groups[0].name
+    # The last entry is the sum of weights: w^2 + (w - 1)^2 for each pair.
+    assert float(weighted._curvature.sums[name][0, -1, -1]) == pytest.approx(4 * 16 * (4 + 1))
+    assert float(plain._curvature.sums[name][0, -1, -1]) == 2 * 4 * 16
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps(steps: int, tmp_path: Path) -> None:
+    few = module(steps=steps, recipe=Recipe("published"), rivals={"uniform": Recipe("uniform")})
+    pruned = calibrate(few, tmp_path).results()["mosaicdiff published"]
+    assert sum(pruned.denoiser.lengths) == steps
+    assert torch.isfinite(images(pruned.denoiser, steps)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"target": 1.0}, r"model\.target: 1"),
+        ({"damping": -1.0}, r"model\.damping"),
+        ({"power": 0.0}, r"model\.power"),
+        ({"probe_images": 0}, r"model\.probe_images"),
+        ({"guidance_weighted": True}, r"model\.guidance_weighted"),
+        ({"recipe": Recipe(stages=5)}, "5 stages of 4 sampling steps"),
+        ({"steps": 0}, "0 sampling steps"),
+        ({"steps": 2000}, "2000 sampling steps"),
+        ({"sampler": "flow-euler"}, "flow-euler cannot sample"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        module(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"sparsity": 0.3}, "takes model.target instead"),
+        ({"affine": True, "compensate": False}, "set compensate"),
+        ({"maximum": 1.0}, "maximum"),
+        ({"stages": 0}, "stages"),
+        ({"threshold": 0.0}, "threshold"),
+        ({"evaluations": 0}, "evaluations"),
+    ],
+)
+def test_recipes_that_contradict_themselves(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Recipe(**arguments)
+
+
+def test_a_network_without_widths_is_refused() -> None:
+    unet = tiny_unet()
+    unet.groups = list  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="no width that can be cut"):
+        MosaicDiff(unet, PROCESS)
+
+
+# Where stages lie
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "flow"])
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_stages_cover_every_training_timestep_once(schedule: Any, steps: int) -> None:
+    process = Process(schedule=schedule, prediction="flow" if schedule == "flow" else "epsilon")
+    sampler = Sampler("flow-euler" if schedule == "flow" else "ddim", steps)
+    visited = visited_timesteps(process, sampler)
+    stages = stages_for(Recipe("published"), sampling_grid(process, sampler), 1.0)
+    covered = torch.cat([timesteps_of(stage, visited, process) for stage in stages])
+    expected = process.grid()[process.grid() <= float(visited[0])]
+    assert torch.equal(covered.sort().values, expected.sort().values)
+    for stage in [] if process.is_flow else stages:  # a flow's steps lie between whole timesteps
+        inside = timesteps_of(stage, visited, process)
+        assert set(visited[stage.first : stage.end].tolist()) <= set(inside.tolist())
+
+
+def test_bins_refine_all_partitions_and_are_filled_in_turn() -> None:
+    bins = refine([equal_stages(20, 2), equal_stages(20, 5), [Stage(0, 7), Stage(7, 13)]])
+    assert [b.steps for b in bins] == [4, 3, 1, 2, 2, 4, 4]
+    visited = visited_timesteps(PROCESS, Sampler(steps=20))
+    bin_of, t = draw_in_bins(bins, visited, PROCESS, 70, torch.Generator().manual_seed(0))
+    assert bin_of.bincount().tolist() == [10] * 7
+    for number, stage in enumerate(bins):
+        assert set(t[bin_of == number].tolist()) <= set(timesteps_of(stage, visited, PROCESS).tolist())
+
+
+def test_measured_errors_pass_through_what_was_measured() -> None:
+    errors = torch.tensor([0.0, 1.0, 4.0, 9.0], dtype=torch.float64)
+    found = interpolated(errors, [1.0, 9.0], [0.5, 0.9])
+    assert found[0] == 0
+    assert found[1] == pytest.approx(0.5)
+    assert found[3] == pytest.approx(0.9)
+    assert 0.5 < float(found[2]) < 0.9

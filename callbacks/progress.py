@@ -24,7 +24,10 @@ SHOWN = ("loss", "sparsity", "val_loss", "fd_fashion")
 
 def steps_done(trainer: pl.Trainer) -> int:
     """Optimizer steps so far; batches where a module trains nothing."""
-    return trainer.global_step if trainer.optimizers else trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    if trainer.optimizers:
+        return trainer.global_step
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(progress.processed)
 
 
 class StepProgress(ProgressBar):

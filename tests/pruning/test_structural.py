@@ -200,7 +200,10 @@ def test_dit_xl_2_has_the_published_targets() -> None:
     matrices = [c.parameter for g in groups for c in g.cuts if c.parameter.endswith("weight")]
     assert sum(network.get_parameter(name).numel() for name in matrices) == 445_906_944
     slimmer = slim(network, groups, {g.name: Width(tuple(range(g.units // 2))) for g in groups})
-    inputs = {"timestep": torch.zeros(1, device="meta"), "class_labels": torch.zeros(1, dtype=int, device="meta")}
+    inputs = {
+        "timestep": torch.zeros(1, device="meta"),
+        "class_labels": torch.zeros(1, dtype=torch.long, device="meta"),
+    }
     ledger = count(slimmer, torch.zeros(1, 4, 32, 32, device="meta"), **inputs)
     attention = 28 * 2 * 256 * 256 * 1152
     assert ledger.by_kind()["attention"] == attention // 2

@@ -31,7 +31,7 @@ def write(denoiser: StagedDenoiser, folder: Path) -> dict[str, Any]:
     stored: dict[str, list[Tensor]] = {}
     stages = []
     first = 0
-    for network, steps in zip(denoiser.network, denoiser.lengths, strict=True):
+    for network, steps in zip(denoiser.networks, denoiser.lengths, strict=True):
         versions = {}
         for name, tensor in network.state_dict(keep_vars=True).items():
             if version := _version(stored.setdefault(name, []), tensor):

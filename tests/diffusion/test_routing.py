@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def test_every_step_belongs_to_its_stage() -> None:
     x, t, cond = torch.randn(2, 1, 32, 32), torch.tensor([10, 900]), torch.tensor([0, 3])
     for index in range(5):
         denoiser.at_step(index, 5)
-        expected = denoiser.network[stage_of_step((2, 1, 2), index, 5)](x, timestep=t, class_labels=cond).sample
+        expected = denoiser.networks[stage_of_step((2, 1, 2), index, 5)](x, timestep=t, class_labels=cond).sample
         assert torch.equal(denoiser(x, t, cond), expected)
     with pytest.raises(InputError, match="call 5 of a trajectory of 5"):
         denoiser.at_step(5, 5)
@@ -71,7 +72,7 @@ def test_sampling_switches_networks() -> None:
     dense = tiny_dit().eval()
     denoiser = staged(dense)
     seen: list[int] = []
-    for number, network in enumerate(denoiser.network):
+    for number, network in enumerate(denoiser.networks):
         network.register_forward_pre_hook(lambda *_, n=number: seen.append(n))
     images(denoiser)
     assert seen == [0, 0, 1, 2, 2]
@@ -87,10 +88,10 @@ def test_shared_tensors_are_held_once(make: Any) -> None:
     dense: Denoiser = make()
     denoiser = staged(dense)
     cut = {c.parameter for g in dense.groups() for c in g.cuts}
-    own = sum(p.numel() for network in denoiser.network[1:] for n, p in network.named_parameters() if n in cut)
+    own = sum(p.numel() for network in denoiser.networks[1:] for n, p in network.named_parameters() if n in cut)
     total = sum(p.numel() for p in denoiser.parameters())
     assert total == sum(p.numel() for p in dense.parameters()) + own
-    stitched = sum(sum(p.numel() for p in network.parameters()) for network in denoiser.network)
+    stitched = sum(sum(p.numel() for p in network.parameters()) for network in denoiser.networks)
     assert total < stitched
     for copy in (deepcopy(denoiser), baked_copy(denoiser)):
         assert sum(p.numel() for p in copy.parameters()) == total
@@ -102,7 +103,7 @@ def test_its_cost_is_the_sum_over_stages() -> None:
     dense = tiny_dit()
     denoiser = staged(dense)
     sampler = Sampler(steps=5)
-    each = [trajectory_cost(StagedDenoiser(dense, [n], (5,)), PROCESS, sampler).macs() // 5 for n in denoiser.network]
+    each = [trajectory_cost(StagedDenoiser(dense, [n], (5,)), PROCESS, sampler).macs() // 5 for n in denoiser.networks]
     assert trajectory_cost(denoiser, PROCESS, sampler).macs() == 2 * each[0] + each[1] + 2 * each[2]
     assert each[0] == trajectory_cost(dense, PROCESS, sampler).macs() // 5
 
@@ -155,10 +156,10 @@ def test_it_drops_into_a_diffusers_pipeline() -> None:
     scheduler.set_timesteps(5)
     router = PipelineRouter(denoiser, scheduler.timesteps.tolist())
     seen: list[int] = []
-    for number, network in enumerate(denoiser.network):
+    for number, network in enumerate(denoiser.networks):
         network.register_forward_pre_hook(lambda *_, n=number: seen.append(n))
     decoder = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=1)
-    pipeline = DiTPipeline(denoiser.network[0], decoder, scheduler)
+    pipeline = DiTPipeline(denoiser.networks[0], decoder, scheduler)
     pipeline.transformer = router
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)

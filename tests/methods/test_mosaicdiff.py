@@ -93,7 +93,7 @@ def test_published_stages_have_one_ratio_for_all_layers_but_what_was_given_back(
 
 def test_nested_stages_contain_each_other(run: tuple[MosaicDiff, Path]) -> None:
     pruned = run[0].results()["layers"]
-    widths = [network.transformer_blocks[0].ff.net[0].proj.weight for network in pruned.denoiser.network]
+    widths = [network.transformer_blocks[0].ff.net[0].proj.weight for network in pruned.denoiser.networks]
     fewer, more = sorted(widths, key=len)
     rows = {tuple(row.tolist()) for row in more}
     assert all(tuple(row.tolist()) in rows for row in fewer)

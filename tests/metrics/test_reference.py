@@ -180,7 +180,7 @@ def test_foreign_statistics_are_checked(arrays: dict[str, Any], message: str, tm
 
 
 def test_a_reference_of_one_sample(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"at least two samples, D\], got \[1,"):
+    with pytest.raises(InputError, match="at least two samples, got 1"):
         import_statistics(tmp_path / "f.npz", PixelExtractor(), 1, "x")
 
 

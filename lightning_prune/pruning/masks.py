@@ -234,12 +234,17 @@ class MaskSet:
 
     @torch.no_grad()
     def flips(self) -> dict[str, float]:
-        """Fraction of each mask that the present weights would change: what the next `refresh` flips."""
+        """Fraction of each mask that the present weights would change: what the next `refresh` flips.
+
+        Of a network that is spread over processes, this process' rows.
+        """
         found = {}
         for name, mask in self.masks().items():
             layer = self.layers[name]
             assert layer.sparsity is not None
-            found[name] = (layer.derived_mask(layer.sparsity) != mask.bool()).float().mean().item()
+            derived = layer.derived_mask(layer.sparsity)
+            if derived.shape == mask.shape:  # a network that was spread just now still has its whole masks
+                found[name] = (derived != mask.bool()).float().mean().item()
         return found
 
     @torch.no_grad()

@@ -118,12 +118,19 @@ def _job(network: str, variant: str, config: str, seed: int, tier: str) -> Job:
 
 
 def markdown(table: Table) -> str:
-    """Rows by network: distance, and the paired difference from the dense fine-tuned network of the same seed."""
+    """A table for each protocol: distance, and the paired difference from the dense fine-tuned network of the seed."""
+    protocols = dict.fromkeys((row["fd_fashion"]["protocol"], row["fd_fashion"]["samples"]) for row in table.rows)
+    return "\n\n".join(_of_protocol(table, *protocol) for protocol in protocols)
+
+
+def _of_protocol(table: Table, protocol: str, samples: int) -> str:
     lines = [
+        f"Protocol {protocol}, {samples:,} images:",
+        "",
         "| network | variant | seed | fd_fashion (95 %) | less dense fine-tuned, paired | MACs an image |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [_line(table, row) for row in table.rows]
+    lines += [_line(table, row) for row in table.rows if row["fd_fashion"]["protocol"] == protocol]
     return "\n".join(lines)
 
 

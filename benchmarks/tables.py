@@ -99,7 +99,8 @@ class Table:
     def add(self, job: Job, report: Row, influence: dict[str, Tensor], facts: Row) -> None:
         """Take the rows of a finished run and write the table."""
         by_name = {row["name"]: row for row in report["rows"]}
-        dense = report["rows"][0]["macs_per_image"]
+        first = report["rows"][0]
+        dense = round(first["macs_per_image"] / first["macs_kept"])
         for name, variant in job.rows.items():
             row = self._row(job, variant, by_name[name], dense) | facts
             self.rows = [old for old in self.rows if _key(old) != _key(row)] + [row]

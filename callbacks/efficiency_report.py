@@ -60,6 +60,7 @@ class EfficiencyReport(Callback):
         sample_seed: seed of the starting noise.
         fewer_steps: also report the first network, the dense one, with as many steps as the result's MACs allow.
         budget: fraction of MACs that the result may keep, for the `objective` of a sweep; null is no limit.
+        rows: names of the rows to report beside the result, whose scores take the time; null is all.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class EfficiencyReport(Callback):
         sample_seed: int = 0,
         fewer_steps: bool = False,
         budget: float | None = None,
+        rows: list[str] | None = None,
     ) -> None:
         super().__init__()
         if budget is not None and not 0 < budget <= 1:
@@ -86,7 +88,7 @@ class EfficiencyReport(Callback):
         self.timed_images, self.timed_repeats = timed_images, timed_repeats
         self.measurement = measurement or Measurement()
         self.beside = beside or {}
-        self.fewer_steps = fewer_steps
+        self.fewer_steps, self.rows = fewer_steps, rows
         self.scores: dict[str, Score] = {}
         self._others: dict[str, Denoiser] = {}
         self._evaluator: Evaluator | None = None
@@ -102,6 +104,15 @@ class EfficiencyReport(Callback):
         self._others = {name: load(folder) for name, folder in self.beside.items()}
         self._evaluator = Evaluator(trainer.datamodule, self.measurement)  # type: ignore[attr-defined]
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.rows is None:
+            return
+        names = self._names(require(pl_module, VariantSource, self))
+        for name in self.rows:
+            # The row of fewer steps is named by their number, which the result's MACs give.
+            if name not in names and not (self.fewer_steps and name.startswith(f"{names[0]}, ")):
+                raise InputError(f"EfficiencyReport.rows: {name!r} is none of {', '.join(names)}")
+
     def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report; called with the final, averaged weights in place."""
         self._report(trainer, pl_module, "report")
@@ -114,24 +125,34 @@ class EfficiencyReport(Callback):
         variants = self._variants(source, pl_module.device)
         if self.fewer_steps:
             variants = with_fewer_steps(variants, source.process, self.settings.sampler)
+        found = costs(variants, source.process, self.settings.sampler)
+        *rest, result = variants
+        variants = {name: variants[name] for name in [*filter(self._reported, rest), result]}
         self.evaluator.to(pl_module.device)
         with torch.random.fork_rng(devices=[]):
             self.scores = self._scored(trainer, source, variants)
             # Together: layers may be spread over processes.
             density = pl_module.density_by_layer() if isinstance(pl_module, SparsityControl) else {}
             if trainer.is_global_zero:
-                report = self._write(trainer, pl_module, variants, name)
+                report = self._write(trainer, pl_module, variants, found, name)
                 _log_tables(trainer, density, report)
                 _log_result(trainer, report, self.budget)
 
     def row_names(self, source: VariantSource) -> list[str]:
         """Names of the rows: the method's networks, other runs' before the last, which is the result."""
+        *rest, result = self._names(source)
+        return [*filter(self._reported, rest), result]
+
+    def _names(self, source: VariantSource) -> list[str]:
         *rest, result = source.variants()
         return [*rest, *self.beside, result]
 
+    def _reported(self, name: str) -> bool:
+        return self.rows is None or name in self.rows
+
     def _variants(self, source: VariantSource, device: torch.device) -> dict[str, Variant]:
         networks = source.variants() | {name: Variant(network.to(device)) for name, network in self._others.items()}
-        return {name: networks[name] for name in self.row_names(source)}
+        return {name: networks[name] for name in self._names(source)}
 
     def _scored(self, trainer: pl.Trainer, source: VariantSource, variants: Mapping[str, Variant]) -> dict[str, Score]:
         settings, world = self.settings, trainer.world_size
@@ -148,12 +169,16 @@ class EfficiencyReport(Callback):
             return self.evaluator.score(draws, settings, source.process, source.weights_kind)
 
     def _write(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, variants: Mapping[str, Variant], name: str
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        variants: Mapping[str, Variant],
+        found: Mapping[str, Cost],
+        name: str,
     ) -> dict[str, Any]:
         process, folder = require(pl_module, VariantSource, self).process, Path(trainer.default_root_dir)
         sampler = self.settings.sampler
         seconds = seconds_per_image(variants, process, sampler, self.timed_images, self.timed_repeats)
-        found = costs(variants, process, sampler)
         rows = [row(key, self.scores[key], found[key], seconds[key], v.sampler) for key, v in variants.items()]
         method = type(pl_module).__name__.lower()
         report = build_report(method, _config(trainer), rows, self.scores, self.evaluator.floor())

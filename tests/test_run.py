@@ -208,6 +208,12 @@ def test_another_runs_artifact_is_a_row_beside(runs: Path) -> None:
     assert [row["name"] for row in found["rows"]] == ["dense", "one-shot 2:4", "other run", "sparsedm 2:4"]
     (pair,) = [c for c in found["comparisons"] if (c["name"], c["against"]) == ("sparsedm 2:4", "other run")]
     assert pair["fd_fashion"]["value"] == pytest.approx(0, abs=1e-9)
+    report["init_args"]["rows"] = []
+    (runs / "beside.yaml").write_text(yaml.safe_dump(config))
+    assert main(["test", *arguments, "--ckpt_path", str(checkpoint)]) == 0
+    alone = json.loads((runs / "smoke" / "report-test.json").read_text())
+    assert (alone["rows"][0]["macs_kept"], alone["comparisons"]) == (found["rows"][-1]["macs_kept"], [])
+    assert alone["rows"][0]["fd_fashion"] == found["rows"][-1]["fd_fashion"]
     (runs / "beside.yaml").unlink()
     for name in ("report-test.json", "report-test.md"):
         (runs / "smoke" / name).unlink()

@@ -156,6 +156,8 @@ def objective(distance: float, macs_kept: float, budget: float | None) -> float:
 def comparisons(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
     """Paired by sample: every network against the first, with the drift of its images, and the last against all."""
     first, *others = scores
+    if not others:
+        return []
     pairs = [(name, first) for name in others] + [(others[-1], name) for name in others[:-1]]
     return [_comparison(scores, name, against, against == first) for name, against in pairs]
 

@@ -136,7 +136,7 @@ def test_export_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def placed(settings: dict[str, object]) -> dict[str, object]:
     """Settings of a report, those of its measurement where they belong."""
-    own = {key: value for key, value in settings.items() if key in ("samples", "steps", "beside")}
+    own = {key: value for key, value in settings.items() if key in ("samples", "steps", "beside", "rows")}
     return {**own, "measurement": {key: value for key, value in settings.items() if key not in own}}
 
 
@@ -151,6 +151,7 @@ def placed(settings: dict[str, object]) -> dict[str, object]:
         ({"further": ["fid"]}, "further"),
         ({"beside": {"other": "/no/such/artifact"}}, "/no/such/artifact"),
         ({"lpips_weights": "/no/such.pth"}, "/no/such.pth"),
+        ({"rows": ["dens"]}, "'dens' is none of dense, one-shot 2:4, sparsedm 2:4"),
     ],
 )
 def test_evaluation_that_cannot_be(

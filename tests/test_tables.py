@@ -33,8 +33,8 @@ def job(variant: str, seed: int = 0) -> Any:
 
 def report(value: float) -> dict[str, Any]:
     distance = {"value": value, "low": value - 1, "high": value + 1, "samples": 4, "protocol": "p"}
-    row = {"name": "result", "fd_fashion": distance, "macs_per_image": 10, "convention": "aten"}
-    return {"rows": [{**row, "name": "dense", "macs_per_image": 20}, row]}
+    row = {"name": "result", "fd_fashion": distance, "macs_per_image": 10, "macs_kept": 0.5, "convention": "aten"}
+    return {"rows": [{**row, "name": "dense", "macs_per_image": 20, "macs_kept": 1.0}, row]}
 
 
 @pytest.fixture

@@ -115,13 +115,11 @@ class BlockCosts:
 
     Attributes:
         blocks: of each block alone.
-        shell: of everything outside the blocks.
-        idle: of a step in which no block runs: 0 where the last prediction is reused, else the shell.
+        shell: of everything outside the blocks, which runs at a step if any block does.
     """
 
     blocks: tuple[int, ...]
     shell: int
-    idle: int = 0
 
     @property
     def dense(self) -> int:
@@ -130,7 +128,7 @@ class BlockCosts:
     def step(self, running: Sequence[bool]) -> int:
         """MACs of a step in which these blocks run."""
         found = sum(cost for cost, runs in zip(self.blocks, running, strict=True) if runs)
-        return found + self.shell if any(running) else self.idle
+        return found + self.shell if any(running) else 0
 
     def kept(self, rows: Sequence[Sequence[bool]]) -> float:
         """MACs of a trajectory over those of the dense one."""

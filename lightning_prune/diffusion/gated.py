@@ -79,18 +79,13 @@ class StepGated(nn.Module):
         # Guidance that calls twice a step has values of its own for each of the two.
         turn, row = self._turn, self.schedule.rows[self._index]
         self._turn += 1
-        if self.skips_wholly(row):
+        if not any(row):
             return self._reuse.predict(self._memory[turn], t)
         slots = self._slots.get(turn, [None] * len(self.schedule.blocks))
         path = self._paths.get(row) or self.path(row)
         prediction, self._slots[turn] = path(x, t, cond, slots)
-        if self.schedule.cache_mode == "output":
-            self._memory[turn] = self._reuse.remember(prediction, x, t)
+        self._memory[turn] = self._reuse.remember(prediction, x, t)
         return prediction
-
-    def skips_wholly(self, row: Row) -> bool:
-        """Whether nothing computes: with residuals the embedding and the last layers still do."""
-        return self.schedule.cache_mode == "output" and not any(row)
 
     def path(self, row: Row) -> Path:
         """The step in which these blocks run, as a function of the values stored: a code object of its own.
@@ -108,7 +103,7 @@ class StepGated(nn.Module):
     def compile_paths(self, **options: Any) -> None:
         """Compile every pattern of gates from now on, each in its first call; options are `torch.compile`'s."""
         for row in self.schedule.patterns():
-            if not self.skips_wholly(row):
+            if any(row):
                 self._paths[row] = torch.compile(self.path(row), **options)
 
 

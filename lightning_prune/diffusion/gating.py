@@ -30,19 +30,24 @@ class Gating:
             tensor [N] or [B, N] computes everything and blends it with what is stored, gates 1 taking the fresh
             value; a batch of several times B, as guidance makes, repeats it.
         slots: what every block gave last; None before its first time.
+        live: which samples [B, ...] of a blended step take what it computes; gradients of the others do not flow
+            into what is stored. None is all.
         checkpoint: recompute every part in the backward pass instead of storing what it computed.
     """
 
     def __init__(self, blocks: int) -> None:
         self.keep: Row | Tensor | None = None
         self.slots: list[Value] = [None] * blocks
+        self.live: Tensor | None = None
         self.checkpoint = False
 
-    def step(self, call: Callable[[], Any], keep: Row | Tensor, slots: list[Value]) -> tuple[Any, list[Value]]:
+    def step(
+        self, call: Callable[[], Any], keep: Row | Tensor, slots: list[Value], live: Tensor | None = None
+    ) -> tuple[Any, list[Value]]:
         """Run `call` with these gates and stored values; what it returns, and the values stored since."""
-        self.keep, self.slots = keep, list(slots)
+        self.keep, self.slots, self.live = keep, list(slots), live
         output = call()
-        found, self.keep, self.slots = self.slots, None, [None] * len(slots)
+        found, self.keep, self.slots, self.live = self.slots, None, [None] * len(slots), None
         return output, found
 
 
@@ -83,7 +88,14 @@ class GatedPart(nn.Module):
             return output
         slots[block] = blended(keep[..., block], fresh, stored)
         # The sum of input and increment rounds differently from the output; the latter is what inference has.
-        return blended(keep[..., block], output, hidden + stored) if self._residual else slots[block]
+        return blended(keep[..., block], output, hidden + self._seen(stored)) if self._residual else slots[block]
+
+    def _seen(self, stored: Tensor) -> Tensor:
+        """What is stored, detached for samples that do not take the step's result."""
+        live = self._gating.live
+        if live is None:
+            return stored
+        return torch.where(live.view(-1, *[1] * (stored.ndim - 1)), stored, stored.detach())
 
 
 def install(network: nn.Module, graph: BlockGraph, mode: CacheMode) -> Gating:

@@ -49,8 +49,9 @@ class Unroll:
         self.gating = install(self.denoiser.network, self.graph, mode)
         self.gating.checkpoint = checkpoint_blocks
         self.process, self.sampler, self.checkpoint_steps = process, sampler, checkpoint_steps
-        self.reuse = None if mode == "residual" else Reuse(process)
-        self._outputs = [self.graph.names.index(name) for name in self.graph.outputs]
+        self.reuse = Reuse(process)
+        outputs = self.graph.names if self.graph.independent else self.graph.outputs
+        self._outputs = [self.graph.names.index(name) for name in outputs]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unroll:
         return self
@@ -107,25 +108,36 @@ class Unroll:
     def _blended(self, x: Tensor, t: Tensor, cond: Condition, row: Tensor, state: Any) -> tuple[Tensor, Any]:
         slots, memory = state
         first = all(slot is None for slot in slots)
+        runs = per_sample(self._runs(row), x)
         keep: Any = self.graph.full() if first else self._inside(row)
-        prediction, following = self.gating.step(lambda: self.denoiser(x, t, cond), keep, list(slots))
-        if self.reuse is None:
-            return prediction, (following, None)
-        fresh = self.reuse.remember(prediction, x, t)
+        # Where the step is skipped, what the network makes of it says what a gate is worth, and nothing about x.
+        seen = x if first else torch.where(runs > 0, x, x.detach())
+        live = None if first or not self.graph.independent else runs.detach() > 0
+        prediction, following = self.gating.step(lambda: self.denoiser(seen, t, cond), keep, list(slots), live)
+        fresh = self.reuse.remember(prediction, seen, t)
         if first:
             return prediction, (following, fresh)
-        runs = per_sample(row[..., self._outputs].amax(dim=-1), x)
-        kept = tuple(runs * new + (1 - runs) * old for new, old in zip(fresh, memory, strict=True))
-        reused = self.reuse.predict(memory, t)
-        return runs * prediction + (1 - runs) * reused, (following, kept)
+        kept = tuple(self._mixed(runs, new, old) for new, old in zip(fresh, memory, strict=True))
+        return self._mixed(runs, prediction, self.reuse.predict(memory, t)), (following, kept)
+
+    def _runs(self, row: Tensor) -> Tensor:
+        """Whether anything runs [...], 0 or 1 in value; a gate that is open alone has all of its gradient."""
+        return 1 - (1 - row[..., self._outputs]).prod(dim=-1)
+
+    def _mixed(self, runs: Tensor, fresh: Tensor, stored: Tensor) -> Tensor:
+        """`fresh` where the step runs, else `stored`; what gates would make of a step that is skipped counts, too."""
+        found = runs * fresh + (1 - runs) * stored
+        return found + (1 - runs.detach()) * (fresh - fresh.detach()) if self.graph.independent else found
 
     def _inside(self, row: Tensor) -> Tensor:
-        """Gates inside the network. That of the last block acts on the prediction instead, and counts once."""
-        if self.reuse is None:
-            return row
-        last = torch.zeros_like(row)
-        last[..., self._outputs] = 1
-        return row * (1 - last) + row.detach() * last
+        """Gates inside the network. One that decides alone whether the step runs acts there, and counts once."""
+        deciding = torch.zeros_like(row)
+        if self.graph.independent:
+            opened = row.detach()
+            deciding = opened * (opened.sum(dim=-1, keepdim=True) == 1)
+        else:
+            deciding[..., self._outputs] = 1
+        return row * (1 - deciding) + row.detach() * deciding
 
 
 def stored_bytes(slots: list[Value]) -> int:

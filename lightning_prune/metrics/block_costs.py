@@ -17,7 +17,7 @@ def block_costs(ledger: Ledger, graph: BlockGraph, convention: Convention = "ate
     """
     blocks = tuple(sum(ledger.inside(name, convention) for name in block.modules) for block in graph.blocks)
     shell = ledger.macs(convention) - sum(blocks)
-    return BlockCosts(blocks, shell, idle=shell if graph.independent else 0)
+    return BlockCosts(blocks, shell)
 
 
 def traced_costs(denoiser: Denoiser, granularity: str, mode: CacheMode, convention: Convention = "aten") -> BlockCosts:
@@ -37,4 +37,4 @@ def traced_costs(denoiser: Denoiser, granularity: str, mode: CacheMode, conventi
             ledger = count_denoiser(pruned)
         blocks.append(dense - ledger.macs(convention))
     shell = dense - sum(blocks)
-    return BlockCosts(tuple(blocks), shell, idle=shell if graph.independent else 0)
+    return BlockCosts(tuple(blocks), shell)

@@ -125,7 +125,7 @@ def _independent_options(step: int, values: Sequence[float], allowed: Row, costs
         cost, value = costs.blocks[position], values[position]
         more = [_Option(step, (*o.positions, position), o.cost + cost, o.value + value) for o in best]
         best = _undominated([*best, *more])
-    return [replace(o, cost=o.cost + (costs.shell if o.positions else costs.idle)) for o in best]
+    return [replace(o, cost=o.cost + (costs.shell if o.positions else 0)) for o in best]
 
 
 def _undominated(options: Iterable[_Option]) -> list[_Option]:
@@ -200,7 +200,7 @@ def _additions(
         for position in range(len(graph)):
             read = any(c < 0 or row[c] for c in consumers[position])
             if not row[position] and allowed[step][position] and read:
-                cost = costs.blocks[position] + (0 if any(row) else costs.shell - costs.idle)
+                cost = costs.blocks[position] + (0 if any(row) else costs.shell)
                 if cost <= left:
                     yield step, position, cost
 

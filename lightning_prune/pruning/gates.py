@@ -43,8 +43,7 @@ def expected_cost(run: Tensor, graph: BlockGraph, costs: BlockCosts) -> Tensor:
     No product is counted twice, so it is 1 where everything runs.
     """
     shares = torch.tensor(costs.blocks, dtype=run.dtype, device=run.device) / costs.dense
-    outside = any_runs(run, graph) * (costs.shell - costs.idle) + costs.idle
-    return (run * shares).sum(dim=-1) + outside / costs.dense
+    return (run * shares).sum(dim=-1) + any_runs(run, graph) * (costs.shell / costs.dense)
 
 
 def any_runs(run: Tensor, graph: BlockGraph) -> Tensor:

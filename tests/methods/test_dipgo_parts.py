@@ -83,7 +83,7 @@ def test_budgeted_gates_have_one_from_the_first_step() -> None:
 @pytest.mark.parametrize("make", GRAPHS)
 def test_gates_drawn_at_a_budget_cost_it(make: Any) -> None:
     graph = make()
-    costs = BlockCosts(tuple(range(3, 3 + len(graph))), 1, idle=1 if graph.independent else 0)
+    costs = BlockCosts(tuple(range(3, 3 + len(graph))), 1)
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(20, len(graph), generator=generator)
     for budget in (0.3, 0.6, 0.9):
@@ -99,7 +99,7 @@ def test_gates_drawn_at_a_budget_cost_it(make: Any) -> None:
 def test_gates_gain_only_by_what_they_are_worth_beyond_their_price(make: Any) -> None:
     """A rise of all scores in proportion to cost changes no gate, so no loss has a gradient that way."""
     graph = make()
-    costs = BlockCosts(tuple(range(3, 3 + len(graph))), 1, idle=1 if graph.independent else 0)
+    costs = BlockCosts(tuple(range(3, 3 + len(graph))), 1)
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(6, len(graph), generator=generator, dtype=torch.float64).requires_grad_()
     uniforms = torch.rand(5, 6, len(graph), generator=generator, dtype=torch.float64)

@@ -23,7 +23,7 @@ PROCESS = Process(schedule="cosine", prediction="v")
 
 def problem(make: Any = tiny_unet, granularity: str = "fine", mode: Any = "output", steps: int = 10) -> GateProblem:
     graph = make().blocks(granularity).in_mode(mode)
-    costs = BlockCosts(tuple(range(5, 5 + len(graph))), 1, idle=1 if graph.independent else 0)
+    costs = BlockCosts(tuple(range(5, 5 + len(graph))), 1)
     return GateProblem(graph, mode, costs, PROCESS, Sampler(steps=steps))
 
 

@@ -18,7 +18,7 @@ Case = tuple[BlockGraph, BlockCosts]
 def case(graph: BlockGraph, seed: int = 0) -> Case:
     draw = random.Random(seed)
     costs = tuple(draw.randrange(2, 19) for _ in graph.names)
-    return graph, BlockCosts(costs, 1, idle=1 if graph.independent else 0)
+    return graph, BlockCosts(costs, 1)
 
 
 CASES: list[Any] = [

@@ -34,7 +34,7 @@ def test_hard_gates_run_as_the_closure_says(make: Any) -> None:
 @pytest.mark.parametrize("make", GRAPHS)
 def test_the_expected_cost_is_the_mean_over_all_rows(make: Any) -> None:
     graph = make()
-    costs = BlockCosts(tuple(range(3, 3 + 7 * len(graph), 7)), shell=5, idle=5 if graph.independent else 0)
+    costs = BlockCosts(tuple(range(3, 3 + 7 * len(graph), 7)), shell=5)
     probabilities = torch.rand(len(graph), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = every_row(graph).double()
     weights = torch.where(rows > 0, probabilities, 1 - probabilities).prod(dim=-1)

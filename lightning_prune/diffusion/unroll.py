@@ -99,8 +99,11 @@ class Unroll:
             after = flatten(following, found)
             return tuple(found)
 
-        if self.checkpoint_steps and torch.is_grad_enabled():
-            found = checkpoint(call, x, t, row, *tensors, use_reentrant=False, preserve_rng_state=False)
+        if not tensors:  # no gate acts at the first step
+            with torch.no_grad():
+                found = call(x, t, row)
+        elif self.checkpoint_steps and row.requires_grad and torch.is_grad_enabled():
+            found = checkpoint(call, x, t, row, *tensors, use_reentrant=True, preserve_rng_state=False)
         else:
             found = call(x, t, row, *tensors)
         return found[0], unflatten(after, found)

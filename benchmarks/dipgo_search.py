@@ -25,9 +25,9 @@ import torch
 
 from lightning_prune.diffusion.models.dit import DiT
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.recall import stored_tensors
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.diffusion.unroll import stored_bytes
 from lightning_prune.methods.dipgo import DiPGO
 from lightning_prune.metrics.latency import interleaved_seconds
 
@@ -99,8 +99,9 @@ def _stored(module: Search, steps: int, batch: int) -> int:
     x, t = torch.zeros(batch, *network.sample_shape), torch.zeros(batch, dtype=torch.long)
     with torch.no_grad():
         full, empty = unroll.graph.full(), [None] * len(unroll.graph)
-        _, slots = unroll.gating.step(lambda: network(x, t, t), full, empty)
-    return steps * (x.nbytes + stored_bytes(slots))
+        _, slots = unroll.gating.step(lambda: network(x, t, t), full, empty, t.float())
+    kept = stored_tensors([slots, unroll.skipped_step.remember(None, x, x, t)])
+    return steps * (x.nbytes + sum(tensor.nbytes for tensor in kept))
 
 
 def _status(key: str) -> int:

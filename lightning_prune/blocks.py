@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from lightning_prune.protocols import InputError
 
 CacheMode = Literal["output", "residual"]
+Reuse = Literal["last", "linear"]
 Row = tuple[bool, ...]
 
 
@@ -153,6 +154,7 @@ class GateSchedule:
         cache_mode: what skipped blocks reuse.
         blocks: names of the blocks.
         rows: running rows by step [T][N], the noisiest step first; that one runs in full.
+        reuse: what skipped blocks and steps give: what they gave "last", or the line through the last two ("linear").
 
     Raises:
         InputError: no steps, a first step with skipped blocks, or rows of another length.
@@ -162,10 +164,13 @@ class GateSchedule:
     cache_mode: CacheMode
     blocks: tuple[str, ...]
     rows: tuple[Row, ...]
+    reuse: Reuse = "last"
 
     def __post_init__(self) -> None:
         if self.cache_mode not in get_args(CacheMode):
             raise InputError(f"cache_mode: {self.cache_mode!r} is none of {', '.join(get_args(CacheMode))}")
+        if self.reuse not in get_args(Reuse):
+            raise InputError(f"reuse: {self.reuse!r} is none of {', '.join(get_args(Reuse))}")
         if not self.rows or not all(self.rows[0]):
             raise InputError("gates: the first step runs in full, as there is nothing to reuse yet")
         for step, row in enumerate(self.rows):
@@ -173,11 +178,13 @@ class GateSchedule:
                 raise InputError(f"gates: step {step} has {len(row)} gates for {len(self.blocks)} blocks")
 
     @classmethod
-    def of(cls, graph: BlockGraph, mode: CacheMode, gates: Sequence[Sequence[bool | int]]) -> GateSchedule:
+    def of(
+        cls, graph: BlockGraph, mode: CacheMode, gates: Sequence[Sequence[bool | int]], reuse: Reuse = "last"
+    ) -> GateSchedule:
         """The schedule of a map of gates [T][N]; gates that cannot run are closed, the first step is opened."""
         wired = graph.in_mode(mode)
         rows = tuple(wired.running(row) for row in gates)
-        return cls(graph.granularity, mode, graph.names, (graph.full(), *rows[1:]))
+        return cls(graph.granularity, mode, graph.names, (graph.full(), *rows[1:]), reuse)
 
     @property
     def steps(self) -> int:

@@ -11,8 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lightning_prune.blocks import Block, BlockCosts, BlockGraph, GateSchedule, State
-from lightning_prune.diffusion.gating import install, stored_elements
+from lightning_prune.diffusion.gating import install
 from lightning_prune.diffusion.models.unet_blocks import unet_blocks
+from lightning_prune.diffusion.recall import stored_tensors
 from lightning_prune.metrics.block_costs import block_costs
 from lightning_prune.metrics.macs import Ledger, count
 from lightning_prune.protocols import InputError
@@ -123,8 +124,8 @@ def test_cache_of_stable_diffusion() -> None:
     graph = unet_blocks(network, "coarse")
     gating = install(network, graph, "output")
     with torch.no_grad():
-        _, slots = gating.step(lambda: network(x, t, text), graph.full(), [None] * len(graph))
-    assert stored_elements(slots) == 2 * 10_977_280  # 43.9 MB in half precision
+        _, slots = gating.step(lambda: network(x, t, text), graph.full(), [None] * len(graph), t)
+    assert sum(tensor.numel() for tensor in stored_tensors(slots)) == 2 * 10_977_280  # 43.9 MB in half precision
 
 
 def test_a_schedule_is_closed_and_begins_in_full() -> None:

@@ -10,35 +10,64 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.blocks import GateSchedule, Row
+from lightning_prune.blocks import GateSchedule, Reuse, Row
 from lightning_prune.diffusion.conditions import Condition
-from lightning_prune.diffusion.gating import Gating, Value, install, sharing_copy
+from lightning_prune.diffusion.gating import Gating, install, sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.recall import Slot, Value, read, store
 from lightning_prune.protocols import InputError
 
-Path = Callable[[Tensor, Tensor, Condition, list[Value]], tuple[Tensor, list[Value]]]
+Path = Callable[[Tensor, Tensor, Condition, list[Slot]], tuple[Tensor, list[Slot]]]
 
 
-class Reuse:
-    """How the prediction of a wholly skipped step follows from the last one.
+class SkippedStep:
+    """How the prediction of a wholly skipped step follows from those before.
 
-    With a process that is read as x_0 and noise: both stay, so DDIM that skips steps is DDIM on the steps that are
-    left, whatever the network predicts. Without one the prediction itself stays; for plain noise prediction the two
-    are the same, and the latter is exact.
+    The last one is read as x_0 and noise: both stay, so DDIM that skips steps is DDIM on the steps that are left,
+    whatever the network predicts. For plain noise prediction the prediction itself stays, which is the same, and
+    exact. With linear reuse x_0 goes on along the line through the last two, and the noise is what x then holds.
+
+    Args:
+        process: how predictions are read; None lets the prediction itself stay.
+        reuse: "last" or "linear".
+
+    Raises:
+        InputError: linear reuse without a process.
     """
 
-    def __init__(self, process: Process | None) -> None:
+    def __init__(self, process: Process | None, reuse: Reuse = "last") -> None:
+        if process is None and reuse == "linear":
+            raise InputError("gates: linear reuse needs the process, which says how predictions are read")
         constant = process is None or (process.prediction == "epsilon" and not process.clip_sample)
-        self.process = None if constant else process
+        self.process = None if constant and reuse == "last" else process
+        self.reuse: Reuse = reuse
 
-    def remember(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """What has to be kept of a prediction at `x`, `t`."""
-        return (prediction,) if self.process is None else self.process.x0_and_noise(prediction, x, t)
+    def clock(self, t: Tensor) -> Tensor:
+        """Where `t` [B] is on the axis of linear reuse."""
+        return t.float() if self.reuse == "last" or self.process is None else self.process.clock(t)
 
-    def predict(self, memory: tuple[Tensor, ...], t: Tensor) -> Tensor:
-        """The prediction at a later `t`."""
-        return memory[0] if self.process is None else self.process.target(memory[0], memory[1], t)
+    def remember(self, slot: Slot, prediction: Tensor, x: Tensor, t: Tensor, gate: Tensor | None = None) -> Slot:
+        """What is stored once there is a prediction at `x`, `t`; with a gate [] or [B], to that degree."""
+        return store(self.reuse, slot, self._read(prediction, x, t), self.clock(t), gate)
+
+    def predict(self, slot: Slot, x: Tensor, t: Tensor) -> Tensor:
+        """The prediction at a later `x`, `t`."""
+        stored = read(slot, self.clock(t))
+        if self.process is None:
+            prediction: Tensor = stored[0]
+            return prediction
+        if self.reuse == "last":
+            return self.process.target(*stored, t)
+        (x0,) = stored
+        x0 = x0.clamp(-1, 1) if self.process.clip_sample else x0
+        return self.process.target(x0, self.process.noise_in(x, x0, t), t)
+
+    def _read(self, prediction: Tensor, x: Tensor, t: Tensor) -> Value:
+        if self.process is None:
+            return (prediction,)
+        x0, noise = self.process.x0_and_noise(prediction, x, t)
+        return (x0, noise) if self.reuse == "last" else (x0,)
 
 
 class _Compiled(dict[Row, Path]):
@@ -53,12 +82,12 @@ class StepGated(nn.Module):
 
     schedule: GateSchedule
     _gating: Gating
-    _reuse: Reuse
+    _skipped_step: SkippedStep
     _paths: _Compiled
     _index: int
     _turn: int
-    _slots: dict[int, list[Value]]
-    _memory: dict[int, tuple[Tensor, ...]]
+    _slots: dict[int, list[Slot]]
+    _memory: dict[int, Slot]
 
     def at_step(self, index: int, calls: int) -> None:
         """Take the gates of step `index` for the next calls. Raises `InputError` for another number of steps."""
@@ -80,11 +109,11 @@ class StepGated(nn.Module):
         turn, row = self._turn, self.schedule.rows[self._index]
         self._turn += 1
         if not any(row):
-            return self._reuse.predict(self._memory[turn], t)
+            return self._skipped_step.predict(self._memory[turn], x, t)
         slots = self._slots.get(turn, [None] * len(self.schedule.blocks))
         path = self._paths.get(row) or self.path(row)
         prediction, self._slots[turn] = path(x, t, cond, slots)
-        self._memory[turn] = self._reuse.remember(prediction, x, t)
+        self._memory[turn] = self._skipped_step.remember(self._memory.get(turn), prediction, x, t)
         return prediction
 
     def path(self, row: Row) -> Path:
@@ -93,9 +122,9 @@ class StepGated(nn.Module):
         The compiler keeps few graphs of one code object; this way each pattern of gates has its own.
         """
 
-        def run(x: Tensor, t: Tensor, cond: Condition, slots: list[Value]) -> tuple[Tensor, list[Value]]:
+        def run(x: Tensor, t: Tensor, cond: Condition, slots: list[Slot]) -> tuple[Tensor, list[Slot]]:
             plain = super(StepGated, self).forward
-            return self._gating.step(lambda: plain(x, t, cond), row, slots)
+            return self._gating.step(lambda: plain(x, t, cond), row, slots, self._skipped_step.clock(t))
 
         name = "step_" + "".join(str(int(runs)) for runs in row)
         return FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
@@ -113,10 +142,10 @@ def gated(denoiser: Denoiser, schedule: GateSchedule, process: Process | None = 
     Args:
         denoiser: the dense network, whose parameters are shared, not copied.
         schedule: which blocks run at which step.
-        process: how predictions are read, for steps that are skipped as a whole; see `Reuse`.
+        process: how predictions are read, for steps that are skipped as a whole; see `SkippedStep`.
 
     Raises:
-        InputError: a schedule for other blocks.
+        InputError: a schedule for other blocks, or linear reuse without a process.
     """
     graph = denoiser.blocks(schedule.granularity)
     if graph.names != schedule.blocks:
@@ -124,10 +153,11 @@ def gated(denoiser: Denoiser, schedule: GateSchedule, process: Process | None = 
             f"gates: blocks {' '.join(schedule.blocks)} of the schedule are not the network's, {' '.join(graph.names)}"
         )
     copy: Any = sharing_copy(denoiser)
-    gating = install(copy.network, graph, schedule.cache_mode)
+    gating = install(copy.network, graph, schedule.cache_mode, schedule.reuse)
     family: Any = type(copy)
     copy.__class__ = _gated_family(family)
-    copy.schedule, copy._gating, copy._reuse = schedule, gating, Reuse(process)
+    copy.schedule, copy._gating = schedule, gating
+    copy._skipped_step = SkippedStep(process, schedule.reuse)
     copy._paths, copy._index, copy._turn, copy._slots, copy._memory = _Compiled(), 0, 0, {}, {}
     result: Denoiser = copy
     return result

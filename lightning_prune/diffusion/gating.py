@@ -1,7 +1,7 @@
 """Gates in a network: parts that compute, or give what they gave last.
 
 A gated part is the stock diffusers module with its class swapped, as masked layers are: names, weights and the
-network's own forward stay as they are. What parts keep between steps is in the `Gating` they share, so a step can be
+network's own forward stay as they are. What parts store between steps is in the `Gating` they share, so a step can be
 written as a function of it: a static path for the compiler, a unit for checkpointing.
 """
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.blocks import BlockGraph, CacheMode, Row
+from lightning_prune.blocks import BlockGraph, CacheMode, Reuse, Row
+from lightning_prune.diffusion.recall import Slot, Value, blended, read, store
 
-Value = Any  # a tensor, or a nested tuple of tensors
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -26,28 +26,36 @@ class Gating:
     """What the gated parts of one network share.
 
     Attributes:
+        reuse: what skipped parts give; see `recall`.
         keep: None computes everything and stores nothing. A row of bools computes those blocks and no others. A
             tensor [N] or [B, N] computes everything and blends it with what is stored, gates 1 taking the fresh
             value; a batch of several times B, as guidance makes, repeats it.
-        slots: what every block gave last; None before its first time.
-        live: which samples [B, ...] of a blended step take what it computes; gradients of the others do not flow
-            into what is stored. None is all.
+        commit: with blended gates, how far a sample [B] stores what it computes at this step.
+        clock: where in the trajectory every sample [B] is; see `Process.clock`.
+        slots: what every block has stored; None before its first time.
         checkpoint: recompute every part in the backward pass instead of storing what it computed.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, reuse: Reuse = "last") -> None:
+        self.reuse: Reuse = reuse
         self.keep: Row | Tensor | None = None
-        self.slots: list[Value] = [None] * blocks
-        self.live: Tensor | None = None
+        self.commit: Tensor | None = None
+        self.clock = torch.zeros(())
+        self.slots: list[Slot] = [None] * blocks
         self.checkpoint = False
 
     def step(
-        self, call: Callable[[], Any], keep: Row | Tensor, slots: list[Value], live: Tensor | None = None
-    ) -> tuple[Any, list[Value]]:
+        self,
+        call: Callable[[], Any],
+        keep: Row | Tensor,
+        slots: list[Slot],
+        clock: Tensor,
+        commit: Tensor | None = None,
+    ) -> tuple[Any, list[Slot]]:
         """Run `call` with these gates and stored values; what it returns, and the values stored since."""
-        self.keep, self.slots, self.live = keep, list(slots), live
+        self.keep, self.slots, self.clock, self.commit = keep, list(slots), clock, commit
         output = call()
-        found, self.keep, self.slots, self.live = self.slots, None, [None] * len(slots), None
+        found, self.keep, self.slots, self.commit = self.slots, None, [None] * len(slots), None
         return output, found
 
 
@@ -76,32 +84,28 @@ class GatedPart(nn.Module):
     def _skipped(self, hidden: Tensor) -> Value:
         if not self._last:
             return (hidden,) if self._returns_tuple else hidden
-        stored = self._gating.slots[self._block]
+        stored = read(self._gating.slots[self._block], self._gating.clock)
         return hidden + stored if self._residual else stored
 
     def _computed(self, output: Value, hidden: Tensor, keep: Row | Tensor) -> Value:
-        slots, block = self._gating.slots, self._block
+        gating, block = self._gating, self._block
         fresh = output - hidden if self._residual else output
-        stored = slots[block]
-        if not isinstance(keep, Tensor) or stored is None:
-            slots[block] = fresh
+        slot = gating.slots[block]
+        if not isinstance(keep, Tensor) or slot is None:
+            gating.slots[block] = store(gating.reuse, slot, fresh, gating.clock)
             return output
-        slots[block] = blended(keep[..., block], fresh, stored)
+        gate = keep[..., block]
+        taken = gate if gating.commit is None else gate * gating.commit
+        gating.slots[block] = store(gating.reuse, slot, fresh, gating.clock, taken)
+        stored = read(slot, gating.clock)
         # The sum of input and increment rounds differently from the output; the latter is what inference has.
-        return blended(keep[..., block], output, hidden + self._seen(stored)) if self._residual else slots[block]
-
-    def _seen(self, stored: Tensor) -> Tensor:
-        """What is stored, detached for samples that do not take the step's result."""
-        live = self._gating.live
-        if live is None:
-            return stored
-        return torch.where(live.view(-1, *[1] * (stored.ndim - 1)), stored, stored.detach())
+        return blended(gate, output, hidden + stored if self._residual else stored)
 
 
-def install(network: nn.Module, graph: BlockGraph, mode: CacheMode) -> Gating:
+def install(network: nn.Module, graph: BlockGraph, mode: CacheMode, reuse: Reuse = "last") -> Gating:
     """Gate the blocks of a network in place; `remove` undoes it."""
     graph.in_mode(mode)
-    gating = Gating(len(graph))
+    gating = Gating(len(graph), reuse)
     for position, block in enumerate(graph.blocks):
         for name in block.modules:
             part: Any = network.get_submodule(name)
@@ -134,52 +138,3 @@ def _gated_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states")
-
-
-# Values: tensors, or nested tuples of tensors in which one tensor may occur twice
-
-
-def blended(gate: Tensor, fresh: Value, stored: Value, seen: dict[int, Tensor] | None = None) -> Value:
-    """gate * fresh + (1 - gate) * stored, tensor by tensor, for a gate [] or one of each sample."""
-    seen = {} if seen is None else seen
-    if isinstance(fresh, tuple):
-        return tuple(blended(gate, f, s, seen) for f, s in zip(fresh, stored, strict=True))
-    if id(fresh) not in seen:
-        weight = per_sample(gate, fresh)
-        seen[id(fresh)] = weight * fresh + (1 - weight) * stored
-    return seen[id(fresh)]
-
-
-def per_sample(gate: Tensor, like: Tensor) -> Tensor:
-    """A gate [] or [B] as a factor of a tensor [k B, ...], in its type."""
-    gate = gate.to(like.dtype)
-    if gate.ndim == 0:
-        return gate
-    return gate.repeat(len(like) // len(gate)).view(-1, *[1] * (like.ndim - 1))
-
-
-def flatten(value: Value, tensors: list[Tensor]) -> Any:
-    """Append the distinct tensors of a value to `tensors`; the value with their positions in their place."""
-    if isinstance(value, tuple | list):
-        return tuple(flatten(part, tensors) for part in value)
-    if value is None:
-        return None
-    for position, tensor in enumerate(tensors):
-        if tensor is value:
-            return position
-    tensors.append(value)
-    return len(tensors) - 1
-
-
-def unflatten(positions: Any, tensors: tuple[Tensor, ...]) -> Value:
-    """The inverse of `flatten`."""
-    if isinstance(positions, tuple):
-        return tuple(unflatten(part, tensors) for part in positions)
-    return None if positions is None else tensors[positions]
-
-
-def stored_elements(slots: list[Value]) -> int:
-    """Elements that stored values hold, a tensor that occurs twice counted once."""
-    tensors: list[Tensor] = []
-    flatten(slots, tensors)
-    return sum(tensor.numel() for tensor in tensors)

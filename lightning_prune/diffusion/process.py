@@ -26,6 +26,7 @@ _DIFFUSERS_SCHEDULE: dict[Schedule, str] = {
     "scaled_linear": "scaled_linear",
     "cosine": "squaredcos_cap_v2",
 }
+_FAR = 10.0
 _DIFFUSERS_PREDICTION: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
@@ -162,7 +163,12 @@ class Process:
         else:
             x0 = signal * x - sigma * prediction
         x0 = x0.clamp(-1, 1) if self.clip_sample else x0
-        return x0, (x - signal * x0) / sigma
+        return x0, self.noise_in(x, x0, t)
+
+    def noise_in(self, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The noise with which `x0` makes `x` at `t` [B]."""
+        signal, sigma = self.coefficients(t, x)
+        return (x - signal * x0) / sigma
 
     def describe(self) -> str:
         """The process in a few words, for protocols."""
@@ -171,6 +177,16 @@ class Process:
             return f"flow of {self.timesteps}, shift {self.shift:g}, x0 {clipping}"
         betas = f"{self.scheduler_config['beta_schedule']} schedule of {self.timesteps}"
         return f"{betas}, {self.prediction}-prediction, x0 {clipping}"
+
+    def clock(self, t: Tensor) -> Tensor:
+        """Where `t` [B] is on the axis along which predictions move most evenly: half the log signal-to-noise ratio.
+
+        Bounded, as pure noise would be infinitely far away; minus the noise level for the flow process.
+        """
+        if self.is_flow:
+            return -t.float() / self.timesteps
+        abar = self.alphas_cumprod.to(t.device)[t.long()]
+        return ((abar / (1 - abar)).log() / 2).clamp(-_FAR, _FAR)
 
     def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
         """Timesteps [batch], uniform over the training grid, on the generator's device."""

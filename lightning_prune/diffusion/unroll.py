@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.blocks import CacheMode
+from lightning_prune.blocks import CacheMode, Reuse
 from lightning_prune.diffusion.conditions import Condition
-from lightning_prune.diffusion.gated import Reuse
-from lightning_prune.diffusion.gating import Value, flatten, install, per_sample, sharing_copy, unflatten
+from lightning_prune.diffusion.gated import SkippedStep
+from lightning_prune.diffusion.gating import install, sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.recall import blended, flatten, unflatten
 from lightning_prune.diffusion.samplers import guided, trajectory
 from lightning_prune.diffusion.solvers import Sampler
+
+Gates = tuple[Tensor, Tensor]  # of blocks [..., N] and of the whole step [...]
 
 
 class Unroll:
@@ -32,6 +35,7 @@ class Unroll:
         sampler: the trajectory.
         checkpoint_steps: recompute steps in the backward pass instead of storing what they computed.
         checkpoint_blocks: recompute blocks inside a step, too.
+        reuse: what skipped blocks and steps give.
     """
 
     def __init__(
@@ -43,13 +47,14 @@ class Unroll:
         sampler: Sampler,
         checkpoint_steps: bool = True,
         checkpoint_blocks: bool = False,
+        reuse: Reuse = "last",
     ) -> None:
         self.graph = denoiser.blocks(granularity).in_mode(mode)
         self.denoiser = sharing_copy(denoiser).eval()
-        self.gating = install(self.denoiser.network, self.graph, mode)
+        self.gating = install(self.denoiser.network, self.graph, mode, reuse)
         self.gating.checkpoint = checkpoint_blocks
         self.process, self.sampler, self.checkpoint_steps = process, sampler, checkpoint_steps
-        self.reuse = Reuse(process)
+        self.skipped_step = SkippedStep(process, reuse)
         outputs = self.graph.names if self.graph.independent else self.graph.outputs
         self._outputs = [self.graph.names.index(name) for name in outputs]
 
@@ -61,15 +66,17 @@ class Unroll:
         """Network calls of a trajectory."""
         return self.sampler.calls(self.process)
 
-    def __call__(self, noise: Tensor, cond: Condition, run: Tensor) -> Tensor:
+    def __call__(self, noise: Tensor, cond: Condition, run: Tensor, steps: Tensor | None = None) -> Tensor:
         """Samples of the shape of `noise` [B, ...].
 
         Args:
             noise: starting noise.
             cond: condition of the batch.
             run: which blocks run, [T, N] or [T, B, N], closed; the first step runs in full whatever its row says.
+            steps: gates of whole steps, [T] or [T, B]; what `run` says holds where they are open. None opens all.
         """
         weight = next(self.denoiser.parameters())
+        whole = torch.ones_like(run[..., 0]) if steps is None else steps
         state: Any = ([None] * len(self.graph), None)
         index = -1
 
@@ -79,58 +86,55 @@ class Unroll:
 
         def predict(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
             nonlocal state
-            prediction, state = self._step(x.to(weight.dtype), t, cond, run[index], state)
+            prediction, state = self._step(x.to(weight.dtype), t, cond, (run[index], whole[index]), state)
             return prediction.to(x.dtype)
 
         family = self.denoiser
         both = guided(predict, family.null_condition, self.sampler.guidance, family.guide)
         return trajectory(both, self.process, noise, cond, self.sampler, enter)
 
-    def _step(self, x: Tensor, t: Tensor, cond: Condition, row: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def _step(self, x: Tensor, t: Tensor, cond: Condition, gates: Gates, state: Any) -> tuple[Tensor, Any]:
         """One network call; `state` is what blocks stored and what a wholly skipped step would reuse."""
         tensors: list[Tensor] = []
         spec = flatten(state, tensors)
         after: Any = None
 
-        def call(x: Tensor, t: Tensor, row: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def call(x: Tensor, t: Tensor, row: Tensor, whole: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal after
-            prediction, following = self._blended(x, t, cond, row, unflatten(spec, tensors))
+            prediction, following = self._blended(x, t, cond, (row, whole), unflatten(spec, tensors))
             found = [prediction]
             after = flatten(following, found)
             return tuple(found)
 
         if not tensors:  # no gate acts at the first step
             with torch.no_grad():
-                found = call(x, t, row)
-        elif self.checkpoint_steps and row.requires_grad and torch.is_grad_enabled():
-            found = checkpoint(call, x, t, row, *tensors, use_reentrant=True, preserve_rng_state=False)
+                found = call(x, t, *gates)
+        elif self.checkpoint_steps and gates[0].requires_grad and torch.is_grad_enabled():
+            # Reentrant: the other kind keeps a graph of every step, whose nodes scatter the heap.
+            found = checkpoint(call, x, t, *gates, *tensors, use_reentrant=True, preserve_rng_state=False)
         else:
-            found = call(x, t, row, *tensors)
+            found = call(x, t, *gates, *tensors)
         return found[0], unflatten(after, found)
 
-    def _blended(self, x: Tensor, t: Tensor, cond: Condition, row: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def _blended(self, x: Tensor, t: Tensor, cond: Condition, gates: Gates, state: Any) -> tuple[Tensor, Any]:
         slots, memory = state
-        first = all(slot is None for slot in slots)
-        runs = per_sample(self._runs(row), x)
-        keep: Any = self.graph.full() if first else self._inside(row)
-        # Where the step is skipped, what the network makes of it says what a gate is worth, and nothing about x.
-        seen = x if first else torch.where(runs > 0, x, x.detach())
-        live = None if first or not self.graph.independent else runs.detach() > 0
-        prediction, following = self.gating.step(lambda: self.denoiser(seen, t, cond), keep, list(slots), live)
-        fresh = self.reuse.remember(prediction, seen, t)
-        if first:
-            return prediction, (following, fresh)
-        kept = tuple(self._mixed(runs, new, old) for new, old in zip(fresh, memory, strict=True))
-        return self._mixed(runs, prediction, self.reuse.predict(memory, t)), (following, kept)
+        skipped, clock = self.skipped_step, self.skipped_step.clock(t)
+        if memory is None:
+            prediction, following = self.gating.step(
+                lambda: self.denoiser(x, t, cond), self.graph.full(), list(slots), clock
+            )
+            return prediction, (following, skipped.remember(None, prediction, x, t))
+        row, whole = gates
+        prediction, following = self.gating.step(
+            lambda: self.denoiser(x, t, cond), self._inside(row), list(slots), clock, whole
+        )
+        runs = whole * self._any(row)
+        mixed = blended(runs, prediction, skipped.predict(memory, x, t))
+        return mixed, (following, skipped.remember(memory, prediction, x, t, runs))
 
-    def _runs(self, row: Tensor) -> Tensor:
-        """Whether anything runs [...], 0 or 1 in value; a gate that is open alone has all of its gradient."""
+    def _any(self, row: Tensor) -> Tensor:
+        """Whether any block runs [...], 0 or 1 in value."""
         return 1 - (1 - row[..., self._outputs]).prod(dim=-1)
-
-    def _mixed(self, runs: Tensor, fresh: Tensor, stored: Tensor) -> Tensor:
-        """`fresh` where the step runs, else `stored`; what gates would make of a step that is skipped counts, too."""
-        found = runs * fresh + (1 - runs) * stored
-        return found + (1 - runs.detach()) * (fresh - fresh.detach()) if self.graph.independent else found
 
     def _inside(self, row: Tensor) -> Tensor:
         """Gates inside the network. One that decides alone whether the step runs acts there, and counts once."""
@@ -141,10 +145,3 @@ class Unroll:
         else:
             deciding[..., self._outputs] = 1
         return row * (1 - deciding) + row.detach() * deciding
-
-
-def stored_bytes(slots: list[Value]) -> int:
-    """Bytes of the distinct tensors in stored values."""
-    tensors: list[Tensor] = []
-    flatten(slots, tensors)
-    return sum(tensor.nbytes for tensor in tensors)

@@ -58,6 +58,7 @@ class GateFile:
             "guidance": self.guidance,
             "granularity": self.schedule.granularity,
             "cache_mode": self.schedule.cache_mode,
+            "reuse": self.schedule.reuse,
             "blocks": list(self.schedule.blocks),
             "budget": self.budget,
             "macs_kept": dict(self.macs_kept),
@@ -85,7 +86,8 @@ def read_gates(file: Path) -> GateFile:
     if len(rows) != content["num_inference_steps"]:
         raise InputError(f"{file}: {len(rows)} rows of gates for {content['num_inference_steps']} steps")
     try:
-        schedule = GateSchedule(content["granularity"], content["cache_mode"], tuple(content["blocks"]), rows)
+        settings = content["granularity"], content["cache_mode"], tuple(content["blocks"])
+        schedule = GateSchedule(*settings, rows, content.get("reuse", "last"))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     names = ("fingerprint", "scheduler", "guidance", "budget", "macs_kept")

@@ -6,11 +6,15 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_prune.blocks import GateSchedule
-from lightning_prune.diffusion.gating import Gating, Value, install, remove
+from lightning_prune.diffusion.gated import SkippedStep
+from lightning_prune.diffusion.gating import Gating, install, remove
 from lightning_prune.diffusion.models import families
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.recall import Slot
 from lightning_prune.export.gates import read_gates
 from lightning_prune.protocols import InputError
 
@@ -29,21 +33,28 @@ class GatedPipelineNetwork(nn.Module):
     _scheduler: Any
     _calls_a_step: int
     _count: int
-    _slots: dict[int, list[Value]]
+    _slots: dict[int, list[Slot]]
+    _skipped_step: SkippedStep
+    _memory: dict[int, Slot]
     _last: dict[int, Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         step, turn = divmod(self._count, self._calls_a_step)
         if self._count == 0:
             self._check_steps()
-            self._slots, self._last = {}, {}
+            self._slots, self._memory, self._last = {}, {}, {}
         self._count = (self._count + 1) % (self._calls_a_step * self._schedule.steps)
         row = self._schedule.rows[step]
-        if self._schedule.cache_mode == "output" and not any(row):
-            return self._last[turn]
-        slots = self._slots.get(turn, [None] * len(row))
+        x, t = _sample_and_timestep(args, kwargs)
+        if not any(row):
+            prediction = self._skipped_step.predict(self._memory[turn], x, t)
+            return _with_prediction(self._last[turn], prediction)
+        slots, clock = self._slots.get(turn, [None] * len(row)), self._skipped_step.clock(t)
         plain = super().forward
-        output, self._slots[turn] = self._gating.step(lambda: plain(*args, **kwargs), row, slots)
+        output, self._slots[turn] = self._gating.step(lambda: plain(*args, **kwargs), row, slots, clock)
+        # What a network says of its variance, in further channels, stays as it is.
+        prediction = output[0][:, : x.shape[1]]
+        self._memory[turn] = self._skipped_step.remember(self._memory.get(turn), prediction, x, t)
         self._last[turn] = output
         return output
 
@@ -58,7 +69,7 @@ class GatedPipelineNetwork(nn.Module):
 def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_to: int | None = None) -> None:
     """Run a pipeline's network under the schedule of a `gates.json` until `disable_gates`.
 
-    A step skipped as a whole repeats the last prediction.
+    A step skipped as a whole goes on with the last x_0 and noise, or along a line, as the schedule says.
 
     Args:
         pipeline: a diffusers pipeline with a `transformer` or `unet` of a family known here.
@@ -80,9 +91,10 @@ def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_t
     if graph.names != schedule.blocks:
         raise InputError(f"{file}: its blocks {' '.join(schedule.blocks)} are not the network's")
     disable_gates(pipeline)
-    network._gating = install(network, graph, schedule.cache_mode)
+    network._skipped_step = SkippedStep(_process(pipeline.scheduler), schedule.reuse)
+    network._gating = install(network, graph, schedule.cache_mode, schedule.reuse)
     network._schedule, network._scheduler, network._calls_a_step = schedule, pipeline.scheduler, calls_a_step
-    network._count, network._slots, network._last = 0, {}, {}
+    network._count, network._slots, network._memory, network._last = 0, {}, {}, {}
     network.__class__ = type(f"Gated{type(network).__name__}", (GatedPipelineNetwork, type(network)), {})
 
 
@@ -94,6 +106,30 @@ def disable_gates(pipeline: Any) -> None:
         network.__class__ = type(network).__bases__[1]
         for name in inspect.get_annotations(GatedPipelineNetwork):
             delattr(network, name)
+
+
+def _process(scheduler: Any) -> Process | None:
+    """How the pipeline's predictions are read; None where its scheduler describes no process known here."""
+    config = {"clip_sample": False, **scheduler.config}
+    try:
+        return Process.from_scheduler(config)
+    except InputError:
+        return None
+
+
+def _sample_and_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The noisy sample [B, ...] and the timestep [B] of a call."""
+    named = kwargs["sample"] if "sample" in kwargs else kwargs.get("hidden_states")
+    x: Tensor = args[0] if args else named  # type: ignore[assignment]
+    t = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"], device=x.device)
+    return x, t.expand(len(x))
+
+
+def _with_prediction(output: Any, prediction: Tensor) -> Any:
+    """A network's `output` with another prediction in it."""
+    rest = output[0][:, prediction.shape[1] :]
+    whole = torch.cat([prediction, rest], dim=1) if rest.shape[1] else prediction
+    return (whole,) if isinstance(output, tuple) else type(output)(sample=whole)
 
 
 class _Seen:

@@ -183,13 +183,13 @@ def test_open_gates_change_nothing_and_closed_ones_do(backbone: Backbone) -> Non
             gating = install(denoiser.network, graph, mode)
             wired = graph.in_mode(mode)
             assert torch.equal(denoiser(x, t, cond), expected)
-            output, slots = gating.step(lambda: denoiser(x, t, cond), graph.full(), gating.slots)
+            output, slots = gating.step(lambda: denoiser(x, t, cond), graph.full(), gating.slots, t.float())
             assert torch.equal(output, expected)
-            again, _ = gating.step(lambda: denoiser(x, t - 2, cond), graph.full(), slots)
+            again, _ = gating.step(lambda: denoiser(x, t - 2, cond), graph.full(), slots, t.float())
             assert torch.equal(again, later)
             for position in range(len(graph)):
                 row = wired.running([i != position for i in range(len(graph))])
-                skipped, _ = gating.step(lambda: denoiser(x, t - 2, cond), row, slots)
+                skipped, _ = gating.step(lambda: denoiser(x, t - 2, cond), row, slots, t.float())
                 assert not torch.equal(skipped, later), f"{granularity} {mode}: {graph.names[position]} has no effect"
             remove(denoiser.network)
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.blocks import GateSchedule
-from lightning_prune.diffusion.gated import Reuse, gated
+from lightning_prune.diffusion.gated import SkippedStep, gated
 from lightning_prune.diffusion.gating import GatedPart, install, remove
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
@@ -96,18 +97,24 @@ def test_weights_are_shared_and_copies_stand_alone(make: Any, granularity: str, 
     assert torch.equal(draw(copy), image)
 
 
+@pytest.mark.parametrize("reuse", ["last", "linear"])
 @pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
-def test_training_gives_what_the_schedule_gives(make: Any, granularity: str, mode: Any) -> None:
+def test_training_gives_what_the_schedule_gives(make: Any, granularity: str, mode: Any, reuse: Any) -> None:
     dense = make()
     for seed in range(3):
-        chosen = schedule(dense, granularity, mode, 0.6, seed=seed)
+        chosen = replace(schedule(dense, granularity, mode, 0.6, seed=seed), reuse=reuse)
         expected = draw(gated(dense, chosen, PROCESS))
-        unroll = Unroll(dense, granularity, mode, PROCESS, SAMPLER)
+        unroll = Unroll(dense, granularity, mode, PROCESS, SAMPLER, reuse=reuse)
         run = torch.tensor(chosen.rows).float().requires_grad_()
         image = unroll(initial_noise(IDS, dense.sample_shape), LABELS, run)
         torch.testing.assert_close(image, expected, rtol=0, atol=2e-6)
         each = unroll(initial_noise(IDS, dense.sample_shape), LABELS, run[:, None].expand(-1, 3, -1))
         torch.testing.assert_close(each, expected, rtol=0, atol=2e-6)
+        closed = torch.ones(5)
+        closed[3] = 0
+        left_out = replace(chosen, rows=(*chosen.rows[:3], (False,) * len(chosen.blocks), chosen.rows[4]))
+        image = unroll(initial_noise(IDS, dense.sample_shape), LABELS, run, closed)
+        torch.testing.assert_close(image, draw(gated(dense, left_out, PROCESS)), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
@@ -143,50 +150,28 @@ def test_the_gradient_of_a_gate_is_the_difference_it_makes(make: Any, granularit
     torch.testing.assert_close(slope, (gate.grad * step).sum(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("granularity", "opened"), [("block", ()), ("half", ()), ("half", (2,))])
-def test_a_gate_of_a_skipped_step_is_worth_what_opening_it_changes(
-    granularity: str, opened: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To first order: what the step gives with stored residuals instead of being left out, and what the block adds.
-
-    With one gate open, closing it leaves the step out; others change what the step gives.
-    """
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+def test_a_gate_of_a_whole_step_is_worth_what_it_changes(reuse: Any) -> None:
+    """A gate of the last step, under a loss linear in the samples: exactly the difference between run and left out."""
     dense = tiny_dit().double()
     noise = initial_noise(IDS, dense.sample_shape).double()
     process = Process(schedule="cosine", prediction="v", clip_sample=False)
-    unroll = Unroll(dense, granularity, "residual", process, Sampler(steps=3))
+    unroll = Unroll(dense, "half", "residual", process, Sampler(steps=4), reuse=reuse)
     weights = torch.randn(noise.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    blocks = len(dense.blocks(granularity))
-    run = torch.ones(3, blocks, dtype=torch.float64)
-    run[2] = 0
-    run[2, list(opened)] = 1
+    run = torch.ones(4, len(dense.blocks("half")), dtype=torch.float64)
+    run[3, 0], run[2, 1] = 0, 0
 
     def loss(gates: Tensor) -> Tensor:
-        return (unroll(noise, LABELS, gates) * weights).sum()
+        return (unroll(noise, LABELS, run.clone().requires_grad_(), gates) * weights).sum()
 
-    def slope(gates: Tensor) -> Tensor:
-        gate = gates.clone().requires_grad_()
-        loss(gate).backward()
-        assert gate.grad is not None
-        return gate.grad[2]
-
-    found = slope(run)
-    skipped = run.clone()
-    skipped[2] = 0
     with torch.no_grad():
-        left_out, taken = loss(skipped), loss(run)
-    monkeypatch.setattr(unroll, "_runs", lambda row: row.new_ones(row.shape[:-1]))
-    monkeypatch.setattr(unroll, "_inside", lambda row: row)
-    expected = slope(run)
-    if not opened:
-        taken = loss(run)
-    for position in range(blocks):
-        if not opened:
-            expected[position] += taken - left_out
-        elif position in opened:
-            expected[position] = taken - left_out
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert found.abs().min() > 0
+        difference = loss(torch.tensor([1.0, 1, 1, 1]).double()) - loss(torch.tensor([1.0, 1, 1, 0]).double())
+    for last in (0.0, 1.0):
+        gates = torch.tensor([1, 1, 1, last], dtype=torch.float64, requires_grad=True)
+        loss(gates).backward()
+        assert gates.grad is not None
+        torch.testing.assert_close(gates.grad[3], difference, rtol=1e-9, atol=0)
+        assert gates.grad[1:3].abs().min() > 0
 
 
 def test_skipping_the_last_block_runs_nothing_and_repeats_the_prediction() -> None:
@@ -248,8 +233,8 @@ KEPT = [0, 7, 13, 19, 20, 21, 26, 32, 39, 48]
 def test_whole_step_reuse_under_ddim_is_ddim_on_the_kept_steps(prediction: Any) -> None:
     process = Process("scaled_linear", prediction, beta_start=0.00085, beta_end=0.012, clip_sample=False)
     process._alphas_cumprod = process.alphas_cumprod.double()
-    reuse, index = Reuse(process), -1
-    memory: tuple[Tensor, ...] = ()
+    skipped, index = SkippedStep(process), -1
+    memory: Any = None
     full = tuple(range(981, 0, -20))
     assert [full[i] for i in KEPT] == [981, 841, 721, 601, 581, 561, 461, 341, 201, 21]
 
@@ -260,8 +245,8 @@ def test_whole_step_reuse_under_ddim_is_ddim_on_the_kept_steps(prediction: Any) 
     def reusing(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         nonlocal memory
         if index not in KEPT:
-            return reuse.predict(memory, t)
-        memory = reuse.remember(predictor(x, t, cond), x, t)
+            return skipped.predict(memory, x, t)
+        memory = skipped.remember(memory, predictor(x, t, cond), x, t)
         return predictor(x, t, cond)
 
     noise = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -57,9 +57,9 @@ class SkippedStep:
         if self.process is None:
             prediction: Tensor = stored[0]
             return prediction
+        x0: Tensor = stored[0]
         if self.reuse == "last":
-            return self.process.target(*stored, t)
-        (x0,) = stored
+            return self.process.target(x0, stored[1], t)
         x0 = x0.clamp(-1, 1) if self.process.clip_sample else x0
         return self.process.target(x0, self.process.noise_in(x, x0, t), t)
 

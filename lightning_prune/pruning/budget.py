@@ -38,6 +38,7 @@ def solve(
     budget: float,
     within: Sequence[Row] | None = None,
     whole_steps: bool = True,
+    step_scores: Sequence[float] | None = None,
 ) -> tuple[Row, ...]:
     """The running rows of greatest total score that cost at most `budget` of the dense trajectory.
 
@@ -52,14 +53,15 @@ def solve(
         budget: fraction of MACs kept, in (0, 1].
         within: rows of a larger budget; nothing outside them may run.
         whole_steps: whether a step may be skipped altogether.
+        step_scores: value of running anything at a step, beyond that of its blocks; None is no such value.
 
     Raises:
         InputError: a budget out of reach.
     """
     rows = [tuple(graph.full()) for _ in scores] if within is None else list(within)
     total = budget * costs.dense * len(scores)
-    values = _positive(scores, costs)
-    steps = [_options(step, values[step], rows[step], graph, costs) for step in range(1, len(scores))]
+    values, whole = _positive(scores, step_scores or [0.0] * len(scores), costs)
+    steps = [_options(step, values[step], whole[step], rows[step], graph, costs) for step in range(1, len(scores))]
     if not whole_steps:
         steps = [[option for option in options if option.positions] for options in steps]
     floor = costs.dense + sum(min(option.cost for option in options) for options in steps)
@@ -72,32 +74,50 @@ def solve(
 
 
 def nested(
-    scores: Scores, graph: BlockGraph, costs: BlockCosts, budgets: Sequence[float], whole_steps: bool = True
+    scores: Scores,
+    graph: BlockGraph,
+    costs: BlockCosts,
+    budgets: Sequence[float],
+    whole_steps: bool = True,
+    step_scores: Sequence[float] | None = None,
 ) -> dict[float, tuple[Row, ...]]:
     """Schedules for several budgets from one set of scores; what runs at a budget runs at every larger one."""
     found: dict[float, tuple[Row, ...]] = {}
     within: tuple[Row, ...] | None = None
     for budget in sorted(set(budgets), reverse=True):
-        within = found[budget] = solve(scores, graph, costs, budget, within, whole_steps)
+        within = found[budget] = solve(scores, graph, costs, budget, within, whole_steps, step_scores)
     return found
 
 
-def _positive(scores: Scores, costs: BlockCosts) -> list[list[float]]:
-    """Scores raised in proportion to cost until all are positive, which leaves the order at a binding budget."""
+def _positive(scores: Scores, whole: Sequence[float], costs: BlockCosts) -> tuple[list[list[float]], list[float]]:
+    """Scores of blocks and steps, raised in proportion to cost until every block and every full step is worth running.
+
+    That leaves the order at a binding budget.
+    """
     unit = max(1, max(costs.blocks))
-    shares = [max(cost / unit, 1e-9) for cost in costs.blocks]
+    shares, shell = [max(cost / unit, 1e-9) for cost in costs.blocks], costs.shell / unit
     lowest = min(s / c for row in scores for s, c in zip(row, shares, strict=True))
+    full = min((w + sum(row)) / (sum(shares) + shell) for w, row in zip(whole, scores, strict=True))
     spread = max(1e-6, max(abs(s) for row in scores for s in row))
-    rise = max(0.0, -lowest) + 1e-3 * spread
-    return [[s + rise * c for s, c in zip(row, shares, strict=True)] for row in scores]
+    rise = max(0.0, -lowest, -full) + 1e-3 * spread
+    return [[s + rise * c for s, c in zip(row, shares, strict=True)] for row in scores], [
+        w + rise * shell for w in whole
+    ]
 
 
-def _options(step: int, values: Sequence[float], allowed: Row, graph: BlockGraph, costs: BlockCosts) -> list[_Option]:
+def _options(
+    step: int, values: Sequence[float], whole: float, allowed: Row, graph: BlockGraph, costs: BlockCosts
+) -> list[_Option]:
     """What may run at a step: the best set at every cost, without those that cost more and are worth less."""
     if graph.independent:
-        return _independent_options(step, values, allowed, costs)
+        return _independent_options(step, values, whole, allowed, costs)
     return _undominated(
-        _Option(step, positions, costs.step(_runs(positions, len(graph))), sum(values[i] for i in positions))
+        _Option(
+            step,
+            positions,
+            costs.step(_runs(positions, len(graph))),
+            sum(values[i] for i in positions) + (whole if positions else 0),
+        )
         for positions in _closed_sets(graph, allowed)
     )
 
@@ -118,14 +138,18 @@ def _closed_sets(graph: BlockGraph, allowed: Row) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(sorted(found)) for found in grow(len(graph) - 1, frozenset()))
 
 
-def _independent_options(step: int, values: Sequence[float], allowed: Row, costs: BlockCosts) -> list[_Option]:
+def _independent_options(
+    step: int, values: Sequence[float], whole: float, allowed: Row, costs: BlockCosts
+) -> list[_Option]:
     """The same for blocks that do not depend on each other: a small knapsack of its own."""
     best = [_Option(step, (), 0, 0.0)]
     for position in (i for i, open_ in enumerate(allowed) if open_):
         cost, value = costs.blocks[position], values[position]
         more = [_Option(step, (*o.positions, position), o.cost + cost, o.value + value) for o in best]
         best = _undominated([*best, *more])
-    return [replace(o, cost=o.cost + (costs.shell if o.positions else 0)) for o in best]
+    return _undominated(
+        replace(o, cost=o.cost + costs.shell, value=o.value + whole) if o.positions else o for o in best
+    )
 
 
 def _undominated(options: Iterable[_Option]) -> list[_Option]:

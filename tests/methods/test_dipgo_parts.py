@@ -91,6 +91,7 @@ def test_gates_drawn_at_a_budget_cost_it(make: Any) -> None:
     for budget in (0.3, 0.6, 0.9):
         uniforms = torch.rand(64, 20, len(graph), generator=generator)
         drawn = budgeted_gates(scores, torch.full((64,), budget), uniforms, graph, costs)
+        assert drawn.steps is None
         assert float(drawn.cost.detach()) == pytest.approx(budget, abs=1e-4)
         rows = drawn.run.detach().transpose(0, 1).round().bool().tolist()
         kept = [costs.kept([graph.full(), *map(tuple, sample[1:])]) for sample in rows]

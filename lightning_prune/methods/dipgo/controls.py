@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_prune.blocks import BlockCosts, BlockGraph, CacheMode, GateSchedule, Row
+from lightning_prune.blocks import BlockCosts, BlockGraph, CacheMode, GateSchedule, Reuse, Row
 from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
@@ -16,7 +16,9 @@ from lightning_prune.diffusion.variants import Variant
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.budget import solve
 
-Control = Literal["fewer-steps", "kept-steps", "dpm-solver++", "whole-steps", "uniform-reuse", "random-gates"]
+Control = Literal[
+    "fewer-steps", "kept-steps", "dpm-solver++", "dpm-solver++-kept", "whole-steps", "uniform-reuse", "random-gates"
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class GateProblem:
     costs: BlockCosts
     process: Process
     sampler: Sampler
+    reuse: Reuse = "last"
 
     @property
     def steps(self) -> int:
@@ -35,7 +38,7 @@ class GateProblem:
         return self.sampler.calls(self.process)
 
     def schedule(self, rows: Sequence[Row]) -> GateSchedule:
-        return GateSchedule(self.graph.granularity, self.mode, self.graph.names, tuple(rows))
+        return GateSchedule(self.graph.granularity, self.mode, self.graph.names, tuple(rows), self.reuse)
 
     def affordable_steps(self, budget: float) -> int:
         """How many dense steps cost at most a budget; at least one."""
@@ -50,6 +53,7 @@ def control(
     * fewer-steps: the same sampler with as many steps as the budget pays for.
     * kept-steps: the same sampler on the timesteps of the steps that the schedule keeps most of.
     * dpm-solver++: DPM-Solver++ with as many steps as the budget pays for.
+    * dpm-solver++-kept: DPM-Solver++ on the timesteps of the steps that the schedule keeps most of.
     * whole-steps, uniform-reuse, random-gates: schedules of a rule, see `rule`.
     """
     count = problem.affordable_steps(budget)
@@ -62,6 +66,9 @@ def control(
     if name == "dpm-solver++":
         sampler = Sampler("dpm-solver++", count, problem.sampler.guidance)
         return f"dpm-solver++ {label}", Variant(denoiser, sampler)
+    if name == "dpm-solver++-kept":
+        sampler = replace(kept_steps(problem, learned, count), name="dpm-solver++")
+        return f"dpm-solver++ {label} kept", Variant(denoiser, sampler)
     found = rule(name, problem, budget, seed)
     return f"{name} {budget:g}", Variant(gated(denoiser, found, problem.process))
 

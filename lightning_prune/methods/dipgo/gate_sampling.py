@@ -1,10 +1,11 @@
 """From scores [T, N] to the gates of a training step.
 
-*Budgeted*: every sample of a batch draws gates of its own, at a budget of its own. A gate is open with probability
-sigmoid((s - tau c) / temperature), where c is the block's cost and tau, one a sample, is set so that the exact expected
-cost is the budget: the Lagrangian form of the solver's problem. Some gates are shut from the first step on, so the
-consistency loss has a gradient from the first step on, and no weight has to balance it with a cost. tau moves with the
-scores: a gate gains only by what it is worth beyond the average at its price, for nearly all are worth something.
+*Budgeted*: every sample of a batch draws gates of its own, at a budget of its own, for whole steps and for the blocks of
+those that run. A gate is open with probability sigmoid((s - tau c) / temperature), where c is what it pays for and tau,
+one a sample, is set so that the exact expected cost is the budget: the Lagrangian form of the solver's problem. Some
+gates are shut from the first step on, so the consistency loss has a gradient from the first step on, and no weight has
+to balance it with a cost. tau moves with the scores: a gate gains only by what it is worth beyond the average at its
+price, for nearly all are worth something.
 
 *Published*: every gate is open whose score is positive; nothing is drawn.
 """
@@ -27,12 +28,14 @@ class DrawnGates:
     """Gates of one training step.
 
     Attributes:
-        run: which blocks run, [T, B, N] or [T, N]: 0 or 1 in value, with gradients to the scores.
+        run: which blocks run where the step runs at all, [T, B, N] or [T, N]: 0 or 1 in value, with gradients.
+        steps: gates of whole steps [T, B], likewise; None opens all.
         cost: kept fraction of MACs, with gradients to the scores.
         skipped_steps: expected share of steps that are skipped as a whole.
     """
 
     run: Tensor
+    steps: Tensor | None
     cost: Tensor
     skipped_steps: Tensor
 
@@ -40,18 +43,45 @@ class DrawnGates:
 def budgeted_gates(
     scores: Tensor, budgets: Tensor, uniforms: Tensor, graph: BlockGraph, costs: BlockCosts, temperature: float = 1.0
 ) -> DrawnGates:
-    """Gates that keep `budgets` [B] in expectation, drawn with `uniforms` [B, T, N]."""
-    prices = torch.tensor(costs.blocks, dtype=scores.dtype, device=scores.device)
-    prices = prices / prices.mean()
+    """Gates that keep `budgets` [B] in expectation.
+
+    Args:
+        scores: of blocks [T, N], or with a last column for whole steps [T, N + 1].
+        budgets: fractions of MACs.
+        uniforms: random numbers [B, *scores.shape] in [0, 1).
+        graph: the blocks.
+        costs: what they cost.
+        temperature: of the gates.
+    """
+    prices = _prices(scores, costs)
     tau = threshold(scores, budgets, prices, graph, costs, temperature)
-    probabilities = _open(scores, tau, prices, temperature)
+    probabilities = torch.sigmoid(logits(scores, tau, prices, temperature))
     gates = straight_through(probabilities, (uniforms < probabilities).to(scores.dtype))
-    expected = running(probabilities, graph)
+    blocks, steps = _parted(gates, graph)
+    expected, whole = _parted(probabilities, graph)
+    runs = any_runs(running(expected, graph), graph) * (1 if whole is None else whole)
     return DrawnGates(
-        run=running(gates, graph).transpose(0, 1),
-        cost=_trajectory_cost(expected, graph, costs).mean(),
-        skipped_steps=1 - any_runs(expected[:, 1:], graph).mean(),
+        run=running(blocks, graph).transpose(0, 1),
+        steps=None if steps is None else steps.transpose(0, 1),
+        cost=_trajectory_cost(probabilities, graph, costs).mean(),
+        skipped_steps=1 - runs[:, 1:].mean(),
     )
+
+
+def budgeted_scores(
+    scores: Tensor, budget: float, graph: BlockGraph, costs: BlockCosts, temperature: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """What the solver maximises for the likeliest gates at a budget: worth of blocks [T, N], and of steps [T] or None.
+
+    The log-likelihood of a row, but for a constant: of an open step and its open blocks, or of a shut step, whose
+    blocks say nothing.
+    """
+    prices = _prices(scores, costs)
+    budgets = scores.new_tensor([budget])
+    with torch.enable_grad():
+        tau = threshold(scores.detach(), budgets, prices, graph, costs, temperature).detach()
+    found, steps = _parted(logits(scores.detach(), tau, prices, temperature)[0], graph)
+    return found, None if steps is None else steps - torch.nn.functional.softplus(found).sum(dim=-1)
 
 
 def threshold(
@@ -63,7 +93,7 @@ def threshold(
     """
 
     def cost(tau: Tensor) -> Tensor:
-        return _trajectory_cost(running(_open(scores, tau, prices, temperature), graph), graph, costs)
+        return _trajectory_cost(torch.sigmoid(logits(scores, tau, prices, temperature)), graph, costs)
 
     with torch.no_grad():
         reach = float(scores.abs().max()) / float(prices.min().clamp(min=1e-3)) + 40 * temperature
@@ -78,15 +108,30 @@ def threshold(
     return tau.detach() - (cost(tau.detach()) - kept.detach()) / slope.clamp(max=-1e-9)
 
 
-def _open(scores: Tensor, tau: Tensor, prices: Tensor, temperature: float) -> Tensor:
-    """Probabilities [B, T, N] of open gates at prices tau [B]."""
-    return torch.sigmoid((scores - tau.view(-1, 1, 1) * prices) / temperature)
+def logits(scores: Tensor, tau: Tensor, prices: Tensor, temperature: float) -> Tensor:
+    """Of open gates [B, *scores.shape] at prices tau [B]."""
+    return (scores - tau.view(-1, 1, 1) * prices) / temperature
 
 
-def _trajectory_cost(run: Tensor, graph: BlockGraph, costs: BlockCosts) -> Tensor:
-    """Kept fraction [...] of rows [..., T, N]; the first step costs all."""
-    rest = expected_cost(run[..., 1:, :], graph, costs)
-    return (1 + rest.sum(dim=-1)) / run.shape[-2]
+def _prices(scores: Tensor, costs: BlockCosts) -> Tensor:
+    """What a gate costs, in mean blocks; that of a step is for all of them."""
+    blocks = torch.tensor(costs.blocks, dtype=scores.dtype, device=scores.device)
+    whole = [costs.dense] * (scores.shape[-1] - len(costs.blocks))
+    return torch.cat([blocks, blocks.new_tensor(whole)]) / blocks.mean()
+
+
+def _parted(gates: Tensor, graph: BlockGraph) -> tuple[Tensor, Tensor | None]:
+    """Gates [..., N] of blocks, and [...] of whole steps if there are any."""
+    blocks = gates[..., : len(graph)]
+    return blocks, gates[..., -1] if gates.shape[-1] > len(graph) else None
+
+
+def _trajectory_cost(gates: Tensor, graph: BlockGraph, costs: BlockCosts) -> Tensor:
+    """Expected kept fraction [...] of gates [..., T, N (+ 1)]; the first step costs all."""
+    blocks, steps = _parted(gates[..., 1:, :], graph)
+    rest = expected_cost(running(blocks, graph), graph, costs)
+    rest = rest if steps is None else rest * steps
+    return (1 + rest.sum(dim=-1)) / gates.shape[-2]
 
 
 def published_gates(scores: Tensor, graph: BlockGraph, costs: BlockCosts, cascades: bool = True) -> DrawnGates:
@@ -102,6 +147,7 @@ def published_gates(scores: Tensor, graph: BlockGraph, costs: BlockCosts, cascad
     gamma = scores.new_tensor(costs.cascade_shares(graph) if cascades else [1.0] * len(graph))
     return DrawnGates(
         run=closed,
+        steps=None,
         cost=(closed * gamma).sum() / len(scores),
         skipped_steps=1 - any_runs(closed[1:].detach(), graph).mean(),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,8 +13,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from lightning_prune.blocks import BlockCosts, CacheMode, GateSchedule
-from lightning_prune.diffusion.conditions import Condition
+from lightning_prune.blocks import BlockCosts, CacheMode, GateSchedule, Reuse, Row
+from lightning_prune.diffusion.conditions import Condition, move
 from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
@@ -23,8 +25,14 @@ from lightning_prune.diffusion.variants import Variant
 from lightning_prune.export.gates import GATES, GateFile, fingerprint, solver_config
 from lightning_prune.methods.dipgo.consistency import ConsistencyLoss, consistency
 from lightning_prune.methods.dipgo.controls import Control, GateProblem, control
-from lightning_prune.methods.dipgo.gate_sampling import DrawnGates, budgeted_gates, published_gates
+from lightning_prune.methods.dipgo.gate_sampling import (
+    DrawnGates,
+    budgeted_gates,
+    budgeted_scores,
+    published_gates,
+)
 from lightning_prune.methods.dipgo.pruner import Encoder, QueryPruner, ScoreTable
+from lightning_prune.methods.dipgo.refine import refined
 from lightning_prune.methods.dipgo.teacher import Teacher
 from lightning_prune.metrics.block_costs import traced_costs
 from lightning_prune.module import Batch, LrSchedule, PruningModule
@@ -33,7 +41,16 @@ from lightning_prune.pruning.budget import bisect_threshold, greedy_cascades, ne
 from lightning_prune.seeds import derive
 
 _NOISE_STREAM = 7  # training noise is never that of an evaluation
-_CONTROLS: tuple[Control, ...] = ("fewer-steps", "kept-steps", "dpm-solver++", "uniform-reuse", "random-gates")
+_RECENT = 4  # batches of training that a refinement measures on
+_OPEN = 2.0  # where scores of blocks begin under gates of steps
+_CONTROLS: tuple[Control, ...] = (
+    "fewer-steps",
+    "kept-steps",
+    "dpm-solver++",
+    "dpm-solver++-kept",
+    "uniform-reuse",
+    "random-gates",
+)
 
 
 class DiPGO(PruningModule):
@@ -64,6 +81,9 @@ class DiPGO(PruningModule):
         pruner: "table" is a free score a gate, "queries" the published network.
         encoder: of the published network.
         selection: from scores to a schedule: "exact", or the published "bisection" or "greedy".
+        reuse: what skipped blocks and steps give: what they gave "last", or the line through the last two ("linear").
+        step_gates: whether steps have gates of their own above those of their blocks; "budgeted" only.
+        refine: schedules near the one found that are measured after the last step, the best of which is the result.
         noises: how many different starting noises training sees; null gives every sample its own.
         compare: rows to report beside the result, see `controls.control`.
         checkpoint_blocks: recompute blocks inside recomputed steps, too.
@@ -94,6 +114,9 @@ class DiPGO(PruningModule):
         pruner: Literal["table", "queries"] = "table",
         encoder: Encoder = "self",
         selection: Literal["exact", "bisection", "greedy"] = "exact",
+        reuse: Reuse = "last",
+        step_gates: bool = True,
+        refine: int = 0,
         noises: int | None = None,
         compare: list[Control] | None = None,
         checkpoint_blocks: bool = False,
@@ -109,20 +132,25 @@ class DiPGO(PruningModule):
         self.preset, self.consistency_loss = preset, loss
         self.temperature, self.collapse_weight, self.whole_steps = temperature, collapse_weight, whole_steps
         self.cost_weight, self.cost_floor, self.cascades = cost_weight, cost_floor, cascades
-        self.selection, self.noises = selection, noises
+        self.selection, self.noises, self.refine = selection, noises, refine
+        self.step_gates = step_gates and preset == "budgeted"
         self.compare = list(_CONTROLS) if compare is None else compare
         _check(sampler, process, self.budgets, temperature, collapse_weight, noises)
         self.budget_range = budget_range or (min(self.budgets) * 2 / 3, min(1.0, max(self.budgets) * 1.2))
         graph = denoiser.blocks(granularity).in_mode(cache_mode)
         costs = traced_costs(denoiser, granularity, cache_mode)
-        self.problem = GateProblem(graph, cache_mode, costs, process, sampler)
-        self.unroll = Unroll(denoiser, granularity, cache_mode, process, sampler, checkpoint_blocks=checkpoint_blocks)
+        self.problem = GateProblem(graph, cache_mode, costs, process, sampler, reuse)
+        self.unroll = Unroll(
+            denoiser, granularity, cache_mode, process, sampler, checkpoint_blocks=checkpoint_blocks, reuse=reuse
+        )
         solve([[0.0] * len(graph)] * self.problem.steps, graph, costs, min(self.budgets), whole_steps=whole_steps)
-        shape = (self.problem.steps, len(graph))
+        shape = (self.problem.steps, len(graph) + self.step_gates)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, 3))
             self.pruner = ScoreTable(*shape) if pruner == "table" else QueryPruner(*shape, encoder=encoder)
         self.teacher = Teacher(lambda ids, cond: self._dense_images(ids, cond))
+        self._recent: deque[Batch] = deque(maxlen=_RECENT)
+        self._refined: dict[float, tuple[Row, ...]] = {}
 
     @property
     def costs(self) -> BlockCosts:
@@ -138,12 +166,14 @@ class DiPGO(PruningModule):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         ids, cond = batch["id"], batch["cond"]
-        noise_ids = ids if self.noises is None else ids % self.noises
+        noise_ids = self._noise_ids(ids)
+        if self.training and self.refine:
+            self._recent.append({"id": ids, "cond": cond})
         noise = initial_noise(noise_ids, self.denoiser.sample_shape, self._noise_seed).to(self.device)
         drawn = self._gates(ids) if self.training else None
-        run = self._chosen() if drawn is None else drawn.run
+        gates = (self._chosen(), None) if drawn is None else (drawn.run, drawn.steps)
         dense = self.teacher.images(noise_ids, ids, cond)
-        kept = consistency(self.unroll(noise, cond, run), dense, self.consistency_loss)
+        kept = consistency(self.unroll(noise, cond, *gates), dense, self.consistency_loss)
         if drawn is None:
             return kept, {}
         values = {"consistency": kept.detach(), "kept": drawn.cost.detach(), "skipped_steps": drawn.skipped_steps}
@@ -155,12 +185,19 @@ class DiPGO(PruningModule):
             if self.preset == "paper":
                 # Dropout in the encoder; the same on every process.
                 torch.manual_seed(derive(self.seed, 5, self._index))
-                return published_gates(self.pruner(), graph, costs, self.cascades)
+                return published_gates(self._scores(), graph, costs, self.cascades)
             draws = torch.stack([self._uniforms(int(i)) for i in ids.tolist()]).to(self.device)
             low, high = self.budget_range
             budgets = low + (high - low) * draws[:, 0]
             uniforms = draws[:, 1:].view(len(ids), *self._shape)
-            return budgeted_gates(self.pruner(), budgets, uniforms, graph, costs, self.temperature)
+            return budgeted_gates(self._scores(), budgets, uniforms, graph, costs, self.temperature)
+
+    def _scores(self) -> Tensor:
+        """Scores [T, N], or [T, N + 1] with those of steps last; there, blocks of a step that runs mostly run, too."""
+        scores: Tensor = self.pruner()
+        if not self.step_gates:
+            return scores
+        return scores + _OPEN * (torch.arange(scores.shape[1], device=scores.device) < scores.shape[1] - 1)
 
     def _penalty(self, drawn: DrawnGates) -> Tensor:
         penalty = self.collapse_weight * drawn.skipped_steps
@@ -179,7 +216,7 @@ class DiPGO(PruningModule):
 
     @property
     def _shape(self) -> tuple[int, int]:
-        return self.problem.steps, len(self.problem.graph)
+        return self.problem.steps, len(self.problem.graph) + self.step_gates
 
     @property
     def _index(self) -> int:
@@ -217,6 +254,50 @@ class DiPGO(PruningModule):
                     f"but model.sampler is {_words(self.problem.sampler)}"
                 )
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.refine and self.trainer.max_steps < 1:
+            raise InputError("model.refine: follows the last step, so trainer.max_steps has to say which that is")
+        self._refined = {}  # a finished search that goes on is refined anew
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Within the step, so that the checkpoint behind it holds the result.
+        if self.refine and self.trainer.global_step + 1 >= self.trainer.max_steps:
+            self._refined = self._refine()
+
+    def _refine(self) -> dict[float, tuple[Row, ...]]:
+        chosen = {float(budget): schedule.rows for budget, schedule in self.schedules().items()}
+        loss = self.measured([self._on_device(batch) for batch in self._recent])
+        found = {}
+        for budget, rows in chosen.items():
+            chance = random.Random(derive(self.seed, 8, round(1e6 * budget)))
+            found[budget] = refined(loss, self.problem, rows, budget, self.refine, chance, self.whole_steps)
+        return found
+
+    def measured(self, batches: Sequence[Batch]) -> Callable[[GateSchedule], float]:
+        """The consistency of a schedule's samples, a mean over the batches of all processes."""
+
+        @torch.no_grad()
+        def loss(schedule: GateSchedule) -> float:
+            network = gated(self.denoiser, schedule, self.process)
+            losses = torch.stack([self._of_batch(network, batch) for batch in batches])
+            gathered: Any = self.all_gather(losses.mean())
+            return float(gathered.mean())
+
+        return loss
+
+    def _of_batch(self, network: Denoiser, batch: Batch) -> Tensor:
+        noise_ids, cond = self._noise_ids(batch["id"]), batch["cond"]
+        images = sample_images(network, self.process, noise_ids.cpu(), cond, self.problem.sampler, self._noise_seed)
+        return consistency(images, self.teacher.images(noise_ids, batch["id"], cond), self.consistency_loss)
+
+    def _noise_ids(self, ids: Tensor) -> Tensor:
+        return ids if self.noises is None else ids % self.noises
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {"id": batch["id"].to(self.device), "cond": move(batch["cond"], self.device)}
+
     # The checkpoint holds the pruner and the teacher's images; the frozen network is where it came from.
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -230,9 +311,13 @@ class DiPGO(PruningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["teacher"] = self.teacher.state()
+        checkpoint["recent"] = [{"id": batch["id"].cpu(), "cond": move(batch["cond"], "cpu")} for batch in self._recent]
+        checkpoint["refined"] = self._refined
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.teacher.restore(checkpoint.get("teacher", {}))
+        self._recent.extend(checkpoint.get("recent", []))
+        self._refined = dict(checkpoint.get("refined", {}))
 
     # Planned
 
@@ -251,9 +336,11 @@ class DiPGO(PruningModule):
     def schedules(self) -> dict[str, GateSchedule]:
         """The schedule of every budget as scores stand now, by budget; the result is last."""
         with torch.no_grad():
-            scores = self.pruner.eval()().float().cpu()
+            self.pruner.eval()
+            scores = self._scores().float().cpu()
         self.pruner.train(self.training)
-        found = {f"{budget:g}": self.problem.schedule(rows) for budget, rows in self._select(scores).items()}
+        chosen = self._refined or self._select(scores)
+        found = {f"{budget:g}": self.problem.schedule(rows) for budget, rows in chosen.items()}
         result = found.pop(f"{self.budget:g}")
         return {**found, f"{self.budget:g}": result}
 
@@ -266,6 +353,10 @@ class DiPGO(PruningModule):
             found = {b: greedy_cascades(torch.sigmoid(-scores).tolist(), graph, costs, 1 - b) for b in self.budgets}
             # The published rule stops just above the budget.
             return {b: solve(scores.tolist(), graph, costs, b, within=rows) for b, rows in found.items()}
+        if self.step_gates:
+            blocks, steps = budgeted_scores(scores, self.budget, graph, costs, self.temperature)
+            whole = None if steps is None else steps.tolist()
+            return nested(blocks.tolist(), graph, costs, self.budgets, self.whole_steps, whole)
         return nested(scores.tolist(), graph, costs, self.budgets, self.whole_steps)
 
     def variants(self) -> dict[str, Variant]:

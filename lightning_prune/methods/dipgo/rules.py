@@ -7,15 +7,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from lightning_prune.blocks import CacheMode, GateSchedule
-from lightning_prune.diffusion.gated import gated
+from lightning_prune.blocks import CacheMode, GateSchedule, Reuse
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.methods.dipgo.consistency import ConsistencyLoss, consistency
+from lightning_prune.methods.dipgo.consistency import ConsistencyLoss
 from lightning_prune.methods.dipgo.controls import Control, GateProblem, rule
 from lightning_prune.methods.dipgo.module import DiPGO
 from lightning_prune.module import Batch
@@ -44,6 +41,7 @@ class GateRule(DiPGO):
         budget: fraction of the dense trajectory's MACs that the result may keep.
         further_budgets: budgets of further schedules.
         loss: consistency of samples.
+        reuse: what skipped blocks and steps give.
         population: schedules a generation of the genetic search.
         generations: generations of the genetic search.
         compare: rows to report beside the result.
@@ -61,6 +59,7 @@ class GateRule(DiPGO):
         budget: float = 0.5,
         further_budgets: list[float] | None = None,
         loss: ConsistencyLoss = "mse",
+        reuse: Reuse = "last",
         population: int = 16,
         generations: int = 10,
         compare: list[Control] | None = None,
@@ -68,7 +67,7 @@ class GateRule(DiPGO):
     ) -> None:
         super().__init__(
             denoiser, process, sampler, granularity=granularity, cache_mode=cache_mode, budget=budget,
-            further_budgets=further_budgets, loss=loss, compare=compare or [], seed=seed,
+            further_budgets=further_budgets, loss=loss, reuse=reuse, step_gates=False, compare=compare or [], seed=seed,
         )  # fmt: skip
         if population < 2 or generations < 1:
             raise InputError(f"model.population: {population} schedules over {generations} generations are no search")
@@ -86,29 +85,16 @@ class GateRule(DiPGO):
             self._calibration.append(batch)
 
     def on_train_epoch_end(self) -> None:
+        loss, chance = self.measured(self._calibration), random.Random(derive(self.seed, 6))
         if self.search == "greedy":
-            self._found(shut_alone(self._loss, self.problem))
+            self._found(shut_alone(loss, self.problem))
         elif self.search == "genetic":
-            chance = random.Random(derive(self.seed, 6))
-            self._found(bred(self._loss, self.problem, self.budget, self.population, self.generations, chance))
+            self._found(bred(loss, self.problem, self.budget, self.population, self.generations, chance))
         self._calibration.clear()
 
     def _found(self, scores: Scores) -> None:
         with torch.no_grad():
             self.pruner.scores.copy_(torch.tensor(scores))  # type: ignore[operator]
-
-    @torch.no_grad()
-    def _loss(self, schedule: GateSchedule) -> float:
-        """Consistency of a schedule's samples, a mean over the calibration batches of all processes."""
-        network = gated(self.denoiser, schedule, self.process)
-        losses = torch.stack([self._of_batch(network, batch) for batch in self._calibration])
-        gathered: Any = self.all_gather(losses.mean())
-        return float(gathered.mean())
-
-    def _of_batch(self, network: Denoiser, batch: Batch) -> Tensor:
-        ids, cond = batch["id"], batch["cond"]
-        images = sample_images(network, self.process, ids.cpu(), cond, self.problem.sampler, self._noise_seed)
-        return consistency(images, self.teacher.images(ids, ids, cond), self.consistency_loss)
 
     def schedules(self) -> dict[str, GateSchedule]:
         if self.search == "greedy" or self.search == "genetic":

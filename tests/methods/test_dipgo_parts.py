@@ -1,5 +1,6 @@
 """The parts of DiP-GO: the published network and its start, losses, gates at a budget."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from lightning_prune.diffusion.samplers import initial_noise, sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.unroll import Unroll
 from lightning_prune.methods.dipgo.consistency import ConsistencyLoss, consistency, structural_similarity
-from lightning_prune.methods.dipgo.gate_sampling import budgeted_gates, published_gates
+from lightning_prune.methods.dipgo.gate_sampling import budgeted_gates, budgeted_scores, published_gates
 from lightning_prune.methods.dipgo.pruner import QueryPruner
+from lightning_prune.pruning.budget import solve
 from tests.factories import tiny_unet
 from tests.pruning.test_gates import GRAPHS
 from tests.test_blocks import sd15_graph
@@ -96,6 +98,51 @@ def test_gates_drawn_at_a_budget_cost_it(make: Any) -> None:
         rows = drawn.run.detach().transpose(0, 1).round().bool().tolist()
         kept = [costs.kept([graph.full(), *map(tuple, sample[1:])]) for sample in rows]
         assert sum(kept) / len(kept) == pytest.approx(budget, abs=0.03)
+
+
+@pytest.mark.parametrize("make", GRAPHS)
+def test_gates_of_steps_and_blocks_cost_the_budget_together(make: Any) -> None:
+    graph = make()
+    costs = BlockCosts(tuple(range(3, 3 + len(graph))), 1)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(20, len(graph) + 1, generator=generator)
+    for budget in (0.3, 0.6):
+        uniforms = torch.rand(256, 20, len(graph) + 1, generator=generator)
+        drawn = budgeted_gates(scores, torch.full((256,), budget), uniforms, graph, costs)
+        assert float(drawn.cost.detach()) == pytest.approx(budget, abs=1e-4)
+        assert drawn.steps is not None
+        rows = (drawn.run * drawn.steps[..., None]).detach().transpose(0, 1).round().bool().tolist()
+        kept = [costs.kept([graph.full(), *map(tuple, sample[1:])]) for sample in rows]
+        assert sum(kept) / len(kept) == pytest.approx(budget, abs=0.03)
+
+
+def test_the_solver_is_given_the_likeliest_gates() -> None:
+    """Of all rows that cost the same, the solver's has the greatest probability under the gates at the budget."""
+    graph = GRAPHS[3]()
+    costs = BlockCosts((4, 7, 4, 7), 1)
+    scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    blocks, steps = budgeted_scores(scores, 0.6, graph, costs)
+    assert steps is not None
+
+    def likelihood(rows: Any) -> float:
+        total = 0.0
+        for row, worth, whole in zip(rows[1:], blocks[1:], steps[1:], strict=True):
+            shut = torch.nn.functional.softplus(worth).sum() + whole
+            log_on, log_off = -torch.nn.functional.softplus(-shut), -torch.nn.functional.softplus(shut)
+            each = [worth[i] if runs else 0 for i, runs in enumerate(row)]
+            total += (
+                float(log_on + sum(each) - torch.nn.functional.softplus(worth).sum()) if any(row) else float(log_off)
+            )
+        return total
+
+    found = solve(blocks.tolist(), graph, costs, 0.6, step_scores=steps.tolist())
+    possible = [graph.full(), *itertools.product([False, True], repeat=4)]
+    equal = [
+        r
+        for pair in itertools.product(possible, repeat=2)
+        if costs.kept(r := (graph.full(), *pair)) == costs.kept(found)
+    ]
+    assert likelihood(found) == pytest.approx(max(map(likelihood, equal)), abs=1e-9)
 
 
 @pytest.mark.parametrize("make", GRAPHS)

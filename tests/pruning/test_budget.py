@@ -52,6 +52,20 @@ def test_nothing_within_the_budget_is_worth_more(make: Any, budget: float) -> No
     assert worth(solve(scores, graph, costs, budget), scores) == pytest.approx(best, abs=0.02)
 
 
+@pytest.mark.parametrize("make", [CASES[0], CASES[1], CASES[3]])
+def test_nothing_is_worth_more_where_steps_have_a_worth_of_their_own(make: Any) -> None:
+    graph, costs = make()
+    scores, steps = draw_scores(graph, 4, seed=3), [0.0, 3.0, 0.2, 0.7]
+    rows = {graph.running(gates) for gates in itertools.product([0, 1], repeat=len(graph))}
+
+    def total(found: Any) -> float:
+        return worth(found, scores) + sum(w for w, row in zip(steps, found, strict=True) if any(row))
+
+    triples = ((graph.full(), *three) for three in itertools.product(rows, repeat=3))
+    best = max(total(found) for found in triples if costs.kept(found) <= 0.6)
+    assert total(solve(scores, graph, costs, 0.6, step_scores=steps)) == pytest.approx(best, abs=0.02)
+
+
 @pytest.mark.parametrize("make", CASES)
 @pytest.mark.parametrize("budget", [0.25, 0.35, 0.5, 1.0])
 def test_a_budget_is_kept_and_missed_by_less_than_any_gate(make: Any, budget: float) -> None:

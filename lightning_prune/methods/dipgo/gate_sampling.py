@@ -1,11 +1,11 @@
 """From scores [T, N] to the gates of a training step.
 
-*Budgeted*: every sample of a batch draws gates of its own, at a budget of its own, for whole steps and for the blocks of
-those that run. A gate is open with probability sigmoid((s - tau c) / temperature), where c is what it pays for and tau,
-one a sample, is set so that the exact expected cost is the budget: the Lagrangian form of the solver's problem. Some
-gates are shut from the first step on, so the consistency loss has a gradient from the first step on, and no weight has
-to balance it with a cost. tau moves with the scores: a gate gains only by what it is worth beyond the average at its
-price, for nearly all are worth something.
+*Budgeted*: every sample of a batch draws gates of its own, at a budget of its own, for whole steps and for the blocks
+of those that run. A gate is open with probability sigmoid((s - tau c) / temperature), where c is what it pays for and
+tau, one a sample, is set so that the exact expected cost is the budget: the Lagrangian form of the solver's problem.
+Some gates are shut from the first step on, so the consistency loss has a gradient from the first step on, and no weight
+has to balance it with a cost. tau moves with the scores: a gate gains only by what it is worth beyond the average at
+its price, for nearly all are worth something.
 
 *Published*: every gate is open whose score is positive; nothing is drawn.
 """

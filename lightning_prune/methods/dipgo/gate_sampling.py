@@ -21,6 +21,7 @@ from lightning_prune.blocks import BlockCosts, BlockGraph
 from lightning_prune.pruning.gates import any_runs, expected_cost, released_closure, running, straight_through
 
 _ROUNDS = 40
+_FIRST = 1e3  # worth of a step that a schedule has before all others
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ def budgeted_gates(
     prices = _prices(scores, costs)
     tau = threshold(scores, budgets, prices, graph, costs, temperature)
     probabilities = torch.sigmoid(logits(scores, tau, prices, temperature))
-    gates = straight_through(probabilities, (uniforms < probabilities).to(scores.dtype))
-    blocks, steps = _parted(gates, graph)
+    hard = uniforms < probabilities
+    if scores.shape[-1] > len(graph):
+        hard[:, 1:, -1] = systematic(probabilities[:, 1:, -1], uniforms[:, 0, -1])
+    blocks, steps = _parted(straight_through(probabilities, hard.to(scores.dtype)), graph)
     expected, whole = _parted(probabilities, graph)
     runs = any_runs(running(expected, graph), graph) * (1 if whole is None else whole)
     return DrawnGates(
@@ -68,20 +71,37 @@ def budgeted_gates(
     )
 
 
+@torch.no_grad()
+def systematic(probabilities: Tensor, phase: Tensor) -> Tensor:
+    """Draws [..., T] with these probabilities, as evenly spread as they allow, from one number in [0, 1) each [...].
+
+    Systematic sampling (Madow 1949): a draw falls where the sum of probabilities passes a whole number. Drawn one by
+    one, steps would leave gaps that no good schedule has.
+    """
+    passed = (probabilities.double().cumsum(dim=-1) + phase.double().unsqueeze(-1)).floor()
+    before = torch.cat([phase.double().unsqueeze(-1).floor(), passed[..., :-1]], dim=-1)
+    return passed > before
+
+
 def budgeted_scores(
     scores: Tensor, budget: float, graph: BlockGraph, costs: BlockCosts, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """What the solver maximises for the likeliest gates at a budget: worth of blocks [T, N], and of steps [T] or None.
+    """What the solver maximises at a budget: worth of blocks [T, N], and of steps [T] or None.
 
-    The log-likelihood of a row, but for a constant: of an open step and its open blocks, or of a shut step, whose
-    blocks say nothing.
+    Probabilities of steps are a density over the trajectory, so the steps that run before all others are its systematic
+    draw that goes on from the first step; the solver pays for their blocks, and for others with what is left. Worth is
+    the log-likelihood of a row, but for a constant: of an open step and its open blocks, or of a shut step.
     """
     prices = _prices(scores, costs)
     budgets = scores.new_tensor([budget])
     with torch.enable_grad():
         tau = threshold(scores.detach(), budgets, prices, graph, costs, temperature).detach()
     found, steps = _parted(logits(scores.detach(), tau, prices, temperature)[0], graph)
-    return found, None if steps is None else steps - torch.nn.functional.softplus(found).sum(dim=-1)
+    if steps is None:
+        return found, None
+    drawn = systematic(torch.sigmoid(steps[1:]), steps.new_tensor(1e-6))
+    first = torch.cat([drawn.new_ones(1), drawn]) * _FIRST
+    return found, steps + first - torch.nn.functional.softplus(found).sum(dim=-1)
 
 
 def threshold(

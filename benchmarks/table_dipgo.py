@@ -1,86 +1,106 @@
-"""The table of DiP-GO: learned schedules and what they are compared with at equal cost, DDIM-50.
+"""The table of DiP-GO: learned schedules and what they are compared with at equal cost.
 
     python benchmarks/table_dipgo.py --estimate
     python benchmarks/table_dipgo.py [--device cuda]
     python benchmarks/table_dipgo.py --write-card
 
-Core: three seeds, the transformer at budgets 0.5, 0.35 and 0.2 of the MACs and the U-Net at 0.35. A run is one search
-and draws its own controls, so all rows of a budget and seed share noise. Minutes are estimates until a run has said
-better.
+Core: three seeds of the search, the transformer at budgets 0.5, 0.35 and 0.2 of the MACs of DDIM-50, the U-Net at 0.35
+of those of DDIM-20, which is what two CPU cores can pay. All samples are drawn from the same noise, so what no search
+has a part in is drawn once. Minutes are estimates until a run has said better.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tables import ROOT, Job, Row, Table, distance_cell, interval, run_table
 
 SEEDS = (0, 1, 2)
-STEPS = 50
-BUDGETS = (0.5, 0.35, 0.2)
-MINUTES = {"fashion_dit": 25.0, "fashion_unet": 60.0}
-CONTROLS = ("ddim-fewer-steps", "ddim-kept-steps", "dpm-solver++")
-# Searches of the transformer at 0.35 with other switches: config by variant.
+STEPS = {"fashion_dit": 50, "fashion_unet": 20}
+BUDGETS = (0.35, 0.2, 0.5)
+MINUTES = {"fashion_dit": 15.0, "fashion_unet": 15.0}
+# Other searches of the transformer, one switch away from the table's: config and options by variant.
 EXTENSION = {
-    "dipgo-block": "dipgo/fashion_dit_block.yaml",
-    "dipgo-output": "dipgo/fashion_dit_output.yaml",
-    "dipgo-paper": "dipgo/fashion_dit_paper.yaml",
-    "whole-steps": "baselines/whole-steps.yaml",
-    "greedy": "baselines/greedy-gates.yaml",
-    "genetic": "baselines/genetic-gates.yaml",
+    "dipgo-last": ("dipgo/fashion_dit.yaml", ("--model.reuse=last",)),
+    "dipgo-unrefined": ("dipgo/fashion_dit.yaml", ("--model.refine=0",)),
+    "refined-only": ("dipgo/fashion_dit.yaml", ("--trainer.max_steps=1",)),
+    "dipgo-blocks-alone": ("dipgo/fashion_dit.yaml", ("--model.step_gates=false",)),
+    "dipgo-block": ("dipgo/fashion_dit_block.yaml", ()),
+    "dipgo-output": ("dipgo/fashion_dit_output.yaml", ()),
+    "dipgo-paper": ("dipgo/fashion_dit_paper.yaml", ()),
+    "whole-steps": ("baselines/whole-steps.yaml", ()),
+    "greedy": ("baselines/greedy-gates.yaml", ()),
+    "genetic": ("baselines/genetic-gates.yaml", ()),
 }
 
 
 def jobs() -> Iterator[Job]:
     """Every run of the table."""
-    for budget in BUDGETS:
-        for seed in SEEDS:
-            yield _search("fashion_dit", "dipgo/fashion_dit.yaml", budget, seed)
     for seed in SEEDS:
+        for budget in BUDGETS:
+            yield _search("fashion_dit", "dipgo/fashion_dit.yaml", budget, seed)
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", 0.35, seed)
-    for budget in (0.5, 0.2):
+    for budget in (0.2, 0.5):
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", budget, 0, "extension")
-    for variant, config in EXTENSION.items():
-        row = "dipgo" if variant.startswith("dipgo") else config.split("/")[1].removesuffix(".yaml")
-        row = {"greedy-gates": "greedy", "genetic-gates": "genetic"}.get(row, row)
-        yield Job(
-            name=f"fashion_dit-{variant}-0.35-0",
-            network="fashion_dit",
-            rows={f"{row} 0.35": variant},
-            target="0.35",
-            seed=0,
-            config=config,
-            options=("--model.budget=0.35", "--model.compare=[]"),
-            tier="extension",
-            minutes=15.0,
-        )
+    for budget in (0.2, 0.35):
+        for variant, (config, options) in EXTENSION.items():
+            yield _other(variant, config, options, budget)
 
 
 def _search(network: str, config: str, budget: float, seed: int, tier: str = "core") -> Job:
-    count = int(budget * STEPS + 1e-9)
-    names = (f"ddim {count} steps", f"ddim {count} steps kept", f"dpm-solver++ {count} steps")
-    rules = {f"{rule} {budget:g}": rule for rule in ("uniform-reuse", "random-gates")}
+    """A search, and at equal cost what depends on it; with the first seed also what does not."""
+    count = int(budget * STEPS[network] + 1e-9)
+    beside = {
+        f"ddim {count} steps kept": "ddim-kept-steps",
+        f"dpm-solver++ {count} steps kept": "dpm-solver++-kept-steps",
+    }
+    if seed == 0:
+        beside |= {f"ddim {count} steps": "ddim-fewer-steps", f"dpm-solver++ {count} steps": "dpm-solver++"}
+        beside |= {f"{rule} {budget:g}": rule for rule in ("uniform-reuse", "random-gates")}
+    wanted = {"dense": "dense", **beside} if (seed, budget) == (0, 0.35) else beside
     return Job(
         name=f"{network}-dipgo-{budget:g}-{seed}",
         network=network,
-        rows={"dense": "dense", **dict(zip(names, CONTROLS, strict=True)), **rules, f"dipgo {budget:g}": "dipgo"},
+        rows={**wanted, f"dipgo {budget:g}": "dipgo"},
         target=f"{budget:g}",
         seed=seed,
         config=config,
-        options=(f"--model.budget={budget:g}",),
+        options=(f"--model.budget={budget:g}", _scored(beside)),
         tier=tier,
         minutes=MINUTES[network],
     )
 
 
+def _other(variant: str, config: str, options: tuple[str, ...], budget: float) -> Job:
+    row = "dipgo" if config.startswith("dipgo") else Path(config).stem
+    row = {"greedy-gates": "greedy", "genetic-gates": "genetic"}.get(row, row)
+    return Job(
+        name=f"fashion_dit-{variant}-{budget:g}-0",
+        network="fashion_dit",
+        rows={f"{row} {budget:g}": variant},
+        target=f"{budget:g}",
+        seed=0,
+        config=config,
+        options=(f"--model.budget={budget:g}", "--model.compare=[]", *options, _scored([])),
+        tier="extension",
+        minutes=8.0,
+    )
+
+
+def _scored(rows: Iterable[str]) -> str:
+    """The dense network is drawn by every run: drift is measured from its images."""
+    return f"--trainer.callbacks.init_args.rows={json.dumps(['dense', *rows])}"
+
+
 def markdown(table: Table) -> str:
-    """Rows by network and budget: distance, and the paired difference of the learned schedule of that seed from it."""
+    """Rows by network and budget: distance, paired difference of the learned schedule of that seed from it, drift."""
     lines = [
-        "| network | budget | variant | seed | fd_fashion (95 %) | dipgo less this, paired | MACs kept |",
-        "|---|---|---|---|---|---|---|",
+        "| network | budget | variant | seed | fd_fashion (95 %) | dipgo less this, paired | drift (MSE, 95 %) | MACs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(table, row) for row in table.rows]
     return "\n".join(lines)
@@ -92,6 +112,8 @@ def _line(table: Table, row: Row) -> str:
     paired = table.difference(learned[0], row) if learned and learned[0] is not row else None
     kept = row["macs_per_image"] / row["macs_per_image_dense"]
     cells = [row["network"], row["target"], row["variant"], str(row["seed"]), distance_cell(row), interval(paired)]
+    drift = row.get("drift_mse")
+    cells.append(f"{drift['value']:.5f} [{drift['low']:.5f}, {drift['high']:.5f}]" if drift else "")
     return f"| {' | '.join(cells)} | {100 * kept:.1f} % |"
 
 

@@ -102,7 +102,7 @@ class Table:
         first = report["rows"][0]
         dense = round(first["macs_per_image"] / first["macs_kept"])
         for name, variant in job.rows.items():
-            row = self._row(job, variant, by_name[name], dense) | facts
+            row = self._row(job, variant, by_name[name], dense) | _drift(report, name) | facts
             self.rows = [old for old in self.rows if _key(old) != _key(row)] + [row]
             self.influence[_text(row)] = influence[name]
         self.rows.sort(key=lambda row: str(_key(row)))
@@ -131,6 +131,12 @@ class Table:
         value = row["fd_fashion"]["value"] - against["fd_fashion"]["value"]
         margin = 1.96 * float((a - b).double().std()) / math.sqrt(len(a))
         return value, value - margin, value + margin
+
+
+def _drift(report: Row, name: str) -> Row:
+    """How far a row's images are from the dense network's, a mean squared difference, where the report has both."""
+    pairs = [c for c in report["comparisons"] if (c["name"], c["against"]) == (name, "dense") and "mse" in c]
+    return {"drift_mse": pairs[0]["mse"]} if pairs else {}
 
 
 def _identity(job: Job, variant: str) -> Row:

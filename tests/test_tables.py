@@ -34,7 +34,9 @@ def job(variant: str, seed: int = 0) -> Any:
 def report(value: float) -> dict[str, Any]:
     distance = {"value": value, "low": value - 1, "high": value + 1, "samples": 4, "protocol": "p"}
     row = {"name": "result", "fd_fashion": distance, "macs_per_image": 10, "macs_kept": 0.5, "convention": "aten"}
-    return {"rows": [{**row, "name": "dense", "macs_per_image": 20, "macs_kept": 1.0}, row]}
+    drift = {"value": 0.1, "low": 0.0, "high": 0.2}
+    pair = {"name": "result", "against": "dense", "mse": drift}
+    return {"comparisons": [pair], "rows": [{**row, "name": "dense", "macs_per_image": 20, "macs_kept": 1.0}, row]}
 
 
 @pytest.fixture
@@ -64,6 +66,7 @@ def test_rows_are_on_disk_unique_and_as_the_schema_has_them(results: Path) -> No
             "fd_fashion",
         ),
         *("macs_per_image", "macs_per_image_dense", "convention", "device", "minutes", "command", "commit"),
+        "drift_mse",
     }
     again = tables.Table.read("method", "pattern")
     assert again.has(job("ste"))

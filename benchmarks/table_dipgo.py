@@ -97,9 +97,9 @@ def _scored(rows: Iterable[str]) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Rows by network and budget: distance, paired difference of the learned schedule of that seed from it, drift."""
+    """Rows by network and budget: distance, paired difference of that seed's schedule from it, drift as MSE."""
     lines = [
-        "| network | budget | variant | seed | fd_fashion (95 %) | dipgo less this, paired | drift (MSE, 95 %) | MACs |",
+        "| network | budget | variant | seed | fd_fashion (95 %) | dipgo less this, paired | drift (95 %) | MACs |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(table, row) for row in table.rows]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +16,22 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
-from lightning_prune.diffusion.conditions import Condition
+from lightning_prune.diffusion.conditions import Condition, move
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.variants import Variant
+from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration, Statistics
+from lightning_prune.methods.sparsedm.distillation import (
+    Distillation,
+    draw_scales,
+    feature_loss,
+    feature_modules,
+    predict_guided,
+    timestep_weights,
+    watching,
+)
 from lightning_prune.methods.sparsedm.loss import sparsedm_loss
-from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
+from lightning_prune.methods.sparsedm.scores import CALIBRATED, MaskScores, fixed_scores
 from lightning_prune.module import Batch, LrSchedule, PruningModule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
@@ -42,8 +56,14 @@ class SparseDM(PruningModule):
         distill_weight: weight of the distillation loss; 0 runs no teacher.
         also: further patterns that the one set of weights learns at the same time, such as ["6:8"]: every step runs the
             dense path, the target and one of these, each distilled from the dense path.
-        mask_scores: what masks are derived from: the magnitude of the weights at every step; "random" and "position"
-            are fixed and serve as floors.
+        distillation: what is distilled besides plain predictions, and at which timesteps.
+        mask_scores: what masks are derived from at every step: the magnitude of the weights; "wanda" and "obs" scale it
+            by what the inputs of each column were on calibration batches; "random" and "position" are fixed and serve
+            as floors.
+        calibration: how statistics are taken, for "wanda", "obs" and `allocation`, and whether weights are refitted.
+        one_shot: train nothing: the run's batches calibrate, and the network is pruned after the last one. Set
+            `trainer.max_epochs: 1` and `trainer.limit_train_batches`.
+        allocation: patterns by layer under a budget of MACs, in place of `sparsity` for all.
         freeze_masks_at: fraction of the steps from which masks no longer follow the weights, and pruned weights rest:
             0 is ASP's retraining, 0.85 a late freeze; null is never.
         lr_schedule: shape of the learning rate after the warm-up.
@@ -68,7 +88,11 @@ class SparseDM(PruningModule):
         noise_weight: float = 1.0,
         distill_weight: float = 0.1,
         also: list[str] | None = None,
+        distillation: Distillation = Distillation(),  # noqa: B008 - frozen
         mask_scores: MaskScores = "magnitude",
+        calibration: Calibration = Calibration(),  # noqa: B008 - frozen
+        one_shot: bool = False,
+        allocation: Allocation | None = None,
         freeze_masks_at: float | None = None,
         lr_schedule: LrSchedule = "constant",
         warmup_steps: int = 0,
@@ -77,9 +101,9 @@ class SparseDM(PruningModule):
         seed: int | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(
-            denoiser, process, optimizer, lr_schedule, warmup_steps, ema_decay, label_dropout, seed, compile
-        )
+        average = None if one_shot else ema_decay
+        super().__init__(denoiser, process, optimizer, lr_schedule, warmup_steps, average, label_dropout, seed, compile)
+        self.automatic_optimization = not one_shot
         for name, weight in (("noise_weight", noise_weight), ("distill_weight", distill_weight), ("decay", decay)):
             if weight < 0:
                 raise InputError(f"model.{name}: {weight} is negative")
@@ -87,16 +111,33 @@ class SparseDM(PruningModule):
             raise InputError("model.noise_weight and model.distill_weight are both 0: there is nothing to learn from")
         if freeze_masks_at is not None and not 0 <= freeze_masks_at < 1:
             raise InputError(f"model.freeze_masks_at: {freeze_masks_at} is not in [0, 1)")
+        if one_shot and freeze_masks_at is not None:
+            raise InputError("model.freeze_masks_at: with model.one_shot nothing is trained")
+        if distillation.features > 0 and compile:
+            raise InputError("model.compile: outputs of blocks cannot be matched in a compiled network")
+        if distill_weight == 0 and distillation != Distillation():
+            raise InputError("model.distillation: model.distill_weight is 0, so nothing is distilled")
+        if also and (distillation.features > 0 or distillation.guidance is not None or allocation is not None):
+            raise InputError("model.also: several patterns have no allocation, features or guidance yet")
         self.target_sparsity = Sparsity.parse(sparsity)
         self.also = check_also([Sparsity.parse(pattern) for pattern in also or []], self.target_sparsity)
         self.freeze_masks_at, self.mask_scores = freeze_masks_at, mask_scores
         self.decay, self.noise_weight, self.distill_weight = decay, noise_weight, distill_weight
+        self.distillation, self.calibration = distillation, calibration
+        self.one_shot, self.allocation = one_shot, allocation
+        self._features = feature_modules(denoiser, distillation.blocks) if distillation.features > 0 else []
         self._dense = Frozen(deepcopy(denoiser))
         exclude = denoiser.default_dense() if dense_layers is None else dense_layers
         self._units = select_units(denoiser.anatomy(), layers, exclude, self.target_sparsity.m)
         self.masks = MaskSet(denoiser.network, self._units, self._pattern)
         if (scores := fixed_scores(mask_scores, self.masks.layers, self.seed)) is not None:
             self.masks.set_scores(scores)
+        if self._pattern is None and (self._is_calibrated or one_shot):
+            raise InputError(f"model.sparsity: {self.target_sparsity} is dense, so there is nothing to calibrate for")
+        self._patterns: dict[str, Sparsity] = {}
+        self._statistics: Statistics | None = None
+        self._seen: dict[str, Any] | None = None
+        self._ready = not (self._is_calibrated or one_shot)
         self._now: Sparsity | None = self._pattern
         self._flips: dict[str, float] = {}
 
@@ -105,32 +146,82 @@ class SparseDM(PruningModule):
         """The pattern to reach; None for n == m, the dense control."""
         return None if self.target_sparsity.is_dense else self.target_sparsity
 
+    @property
+    def _is_calibrated(self) -> bool:
+        """Whether masks, patterns or weights come from statistics."""
+        return self.mask_scores in CALIBRATED or self.calibration.compensate or self.allocation is not None
+
+    @property
+    def target(self) -> str:
+        """What is aimed at, in words."""
+        if self.allocation is not None:
+            return f"{self.allocation.budget:g} of MACs"
+        return str(self.target_sparsity)
+
+    @property
+    def result_name(self) -> str:
+        """Row name of the result."""
+        calibrated = "calibrated " if self._is_calibrated else ""
+        return f"{calibrated}one-shot at {self.target}" if self.one_shot else f"sparsedm {self.target}"
+
     # Training
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x_t, t, cond, target = self.diffuse(batch, generator)
+        weights = self._distill_weights(t)
+        if self.also and self.training:
+            return self._loss_of_several(x_t, t, cond, target, weights, generator)
+        if self.distill_weight == 0:
+            return sparsedm_loss(self.denoise(x_t, t, cond), target, None, self.noise_weight, 0.0)
+        scale = None
+        if self.distillation.guidance is not None:
+            scale = draw_scales(self.distillation.guidance, len(x_t), generator, x_t)
+        watched = bool(self._features) and self.training
+        dense = self._dense.on(self.device)
+        with watching(dense.network, self._features) if watched else nullcontext([]) as wanted, torch.no_grad():
+            _, teacher = self._predictions(dense, dense, x_t, t, cond, scale)
+        with watching(self.denoiser.network, self._features) if watched else nullcontext([]) as given:
+            student, matched = self._predictions(self.denoise, self.denoiser, x_t, t, cond, scale)
+        total, parts = sparsedm_loss(
+            student, target, teacher, self.noise_weight, self.distill_weight, weights, matched
+        )
+        if watched:
+            features = feature_loss(given, wanted)
+            total, parts["feature_loss"] = total + self.distillation.features * features, features.detach()
+        return total, parts
+
+    def _predictions(
+        self, predict: Any, family: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The prediction, and what distillation compares: the same, or the guided one at `scale`."""
+        if scale is not None:
+            return predict_guided(predict, family, x_t, t, cond, scale)
+        prediction: Tensor = predict(x_t, t, cond)
+        return prediction, prediction
+
+    def _distill_weights(self, t: Tensor) -> Tensor | None:
+        """Weights [B] of the distillation term at timesteps `t` [B]; None is 1."""
+        if self.distillation.weighting == "uniform":
+            return None
+        return timestep_weights(self.process, self.distillation.weighting, self.distillation.snr_cap, t)
+
+    def _loss_of_several(
+        self, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor, sampled: Tensor | None, generator: Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The dense path against target and teacher; the target's pattern and one further against the dense path."""
         teacher = None
         if self.distill_weight > 0:
             with torch.no_grad():
                 teacher = self._dense.on(self.device)(x_t, t, cond)
-        if self.also and self.training:
-            return self._loss_of_several(x_t, t, cond, target, teacher, generator)
-        student = self.denoise(x_t, t, cond)
-        return sparsedm_loss(student, target, teacher, self.noise_weight, self.distill_weight)
-
-    def _loss_of_several(
-        self, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor, teacher: Tensor | None, generator: Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The dense path against target and teacher; the target's pattern and one further against the dense path."""
-        weights = self.noise_weight, self.distill_weight
         self.masks.set_sparsity(None)
         dense = self.denoise(x_t, t, cond)
-        total, values = sparsedm_loss(dense, target, teacher, *weights)
+        total, values = sparsedm_loss(dense, target, teacher, self.noise_weight, self.distill_weight, sampled)
         drawn = int(torch.randint(len(self.also), (1,), generator=generator, device=generator.device))
         for pattern in (self.also[drawn], self._now):
             self.masks.set_sparsity(pattern)
             student = self.denoise(x_t, t, cond)
-            loss, parts = sparsedm_loss(student, target, dense.detach(), self.noise_weight, self.distill_weight or 1.0)
+            strength = self.distill_weight or 1.0
+            loss, parts = sparsedm_loss(student, target, dense.detach(), self.noise_weight, strength, sampled)
             total = total + loss
         return total / 3, {f"dense_{name}": value for name, value in values.items()} | parts
 
@@ -157,11 +248,115 @@ class SparseDM(PruningModule):
             self.log_dict({f"flip_rate/{name}": value for name, value in self._flips.items()})
             self._flips = {}
 
+    # Calibration
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+        if not self.one_shot:
+            return super().training_step(batch, batch_idx)
+        self._see(batch, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        self.log("samples", float(len(batch["x"])))
+        return None
+
+    def configure_optimizers(self) -> Any:
+        """None where nothing is trained."""
+        return ([], []) if self.one_shot else super().configure_optimizers()
+
+    def _see(self, batch: Batch, index: int) -> None:
+        """Add a batch to the statistics, noised and weighted as the loss would."""
+        if self._statistics is None:
+            self._statistics = self._begin()
+        x_t, t, cond, _ = self.diffuse(batch, self.step_generator(5, index))
+        weights = timestep_weights(self.process, self.distillation.weighting, self.distillation.snr_cap, t)
+        self._statistics.see(x_t, t, cond, self.noise_weight + self.distill_weight * weights)
+
+    def _begin(self) -> Statistics:
+        """Statistics of nothing yet, or of what an interrupted run had seen."""
+        statistics = Statistics(self.denoiser, self.masks, self.calibration, Path(self.trainer.default_root_dir))
+        if self._seen is not None:
+            # Summed over processes when they were saved, so they stay with one of them.
+            statistics.load(self._seen, self.global_rank == 0)
+        self._seen = None
+        return statistics
+
+    def _calibrate(self) -> None:
+        """Look at batches of a loader of its own, so that the run's is not moved on."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is None:
+            raise InputError("data: calibration needs a data module")
+        loader = iter(datamodule.train_dataloader())
+        for index in range(self.calibration.batches):
+            batch = next(loader, None)
+            if batch is None:
+                break
+            self._see({**batch, "x": batch["x"].to(self.device), "cond": move(batch["cond"], self.device)}, index)
+        self._prune()
+
+    def _prune(self) -> None:
+        """From statistics to masks, patterns and weights; all processes call it together."""
+        statistics, self._statistics = self._statistics or self._begin(), None
+        statistics.sum_over(self._summed)
+        if scales := statistics.scales(self.mask_scores):
+            self.masks.set_scales(scales)
+        if self.allocation is not None:
+            ledger = self.ledger()
+            found = statistics.allocate(self.allocation, ledger.by_layer(), ledger.macs(), self._averaged)
+            self._patterns = found[0]
+        self.set_sparsity(self._pattern)
+        if self.calibration.compensate:
+            lost = statistics.compensate(self.mask_scores)
+            self.print(f"calibration: {len(lost)} layers refitted, {sum(lost.values()) / len(lost):.4f} of output lost")
+        if self.allocation is not None:
+            self.print(f"allocation: {self.kept_fraction()['aten']:.4f} of MACs kept, budget {self.allocation.budget:g}")
+        self._ready = True
+        self.weights_changed()
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, on each of them."""
+        if self.trainer.world_size == 1:
+            return tensor.clone()
+        total: Tensor = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
+        return total.cpu()
+
+    def _averaged(self, tensor: Tensor) -> Tensor:
+        return self._summed(tensor) / self.trainer.world_size
+
+    def on_train_epoch_end(self) -> None:
+        # Before the checkpoint at the end of the epoch, which holds the result.
+        if self.one_shot and not self._ready:
+            self._prune()
+
+    def artifact_files(self) -> dict[str, str]:
+        """The pattern of every layer, where they were allocated."""
+        if self.allocation is None:
+            return {}
+        content = {
+            "budget": self.allocation.budget,
+            "macs_kept": self.kept_fraction()["aten"],
+            "patterns": {name: str(pattern) for name, pattern in self._patterns.items()},
+        }
+        return {"allocation.json": json.dumps(content, indent=2) + "\n"}
+
+    # Checkpoints
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._ready and (self._is_calibrated or self.one_shot):
+            checkpoint["calibrated"] = {
+                "scales": {name: layer.scale for name, layer in self.masks.layers.items() if layer.scale is not None},
+                "patterns": {name: str(pattern) for name, pattern in self._patterns.items()},
+            }
+        elif self._statistics is not None:
+            checkpoint["statistics"] = self._statistics.state(self._summed)
         if self.freeze_masks_at is not None:
             checkpoint["frozen_masks"] = self.masks.frozen_masks()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._seen = checkpoint.get("statistics")
+        if (calibrated := checkpoint.get("calibrated")) is not None:
+            for name, scale in calibrated["scales"].items():
+                self.masks.layers[name].set_scale(scale)
+            self._patterns = {name: Sparsity.parse(text) for name, text in calibrated["patterns"].items()}
+            self.set_sparsity(self._now)
+            self._ready = True
         if "frozen_masks" in checkpoint:
             self.masks.restore(checkpoint["frozen_masks"])
 
@@ -172,6 +367,11 @@ class SparseDM(PruningModule):
                 "model.optimizer: with fused: true and trainer.precision 16-mixed the optimizer unscales inside its "
                 "step and divides the decay away; use bf16-mixed, fused: false or decay: 0"
             )
+
+        if self.one_shot and self.trainer.max_epochs != 1:
+            raise InputError("model.one_shot: sees the data once; set trainer.max_epochs: 1 and limit_train_batches")
+        if not self._ready and not self.one_shot:
+            self._calibrate()
 
     def weights_changed(self) -> None:
         if self._is_logged_step():
@@ -188,19 +388,26 @@ class SparseDM(PruningModule):
     # Planned
 
     def planned(self) -> Plan:
-        """Masks of the target on every chosen layer; a network on the meta device will do."""
+        """Masks of the target on every chosen layer; a network on the meta device will do.
+
+        Patterns by layer are known only after calibration; until then the budget stands for what they keep.
+        """
         patterns = {} if self._pattern is None else dict.fromkeys(self.masks.layers, self._pattern)
         zeros = sum(self.masks.layers[name].weight.numel() * s.fraction for name, s in patterns.items())
+        parameters = round(sum(p.numel() for p in self.denoiser.parameters()) - zeros)
+        kept = float(self.ledger().kept_share(patterns))
         return Plan(
             axis="weights",
-            target=str(self.target_sparsity),
+            target=self.target,
             touched=tuple(self.masks.layers),
-            macs_kept=float(self.ledger().kept_share(patterns)),
-            parameters_kept=round(sum(p.numel() for p in self.denoiser.parameters()) - zeros),
+            macs_kept=kept if self.allocation is None else self.allocation.budget,
+            parameters_kept=parameters if self.allocation is None else None,
             holds_teacher=self.distill_weight > 0,
         )
 
     def shard(self, mesh: Any) -> None:
+        if self._is_calibrated or self.one_shot:
+            raise InputError("model.calibration: weights and masks from statistics cannot be sharded yet; use DDP")
         if self.freeze_masks_at is not None or self.mask_scores != "magnitude":
             key = "mask_scores" if self.freeze_masks_at is None else "freeze_masks_at"
             raise InputError(f"model.{key}: masks that do not follow the weights cannot be sharded; use DDP")
@@ -209,8 +416,18 @@ class SparseDM(PruningModule):
     # SparsityControl
 
     def set_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
-        """Change the pattern of every masked layer, or by regular expressions over names, in place; None is dense."""
-        self.masks.set_sparsity(sparsity)
+        """Change the pattern of every masked layer, or by regular expressions over names, in place; None is dense.
+
+        Where patterns were allocated, the target stands for them, and on the way there no layer gets a sparser one
+        than its own.
+        """
+        if self._patterns and isinstance(sparsity, Sparsity):
+            chosen = self._patterns
+            if sparsity != self._pattern:
+                chosen = {name: max(sparsity, own, key=lambda s: s.density) for name, own in chosen.items()}
+            self.masks.set_sparsity({re.escape(name): pattern for name, pattern in chosen.items()})
+        else:
+            self.masks.set_sparsity(sparsity)
         if not isinstance(sparsity, Mapping):
             self._now = sparsity
 
@@ -233,7 +450,7 @@ class SparseDM(PruningModule):
         networks = {"dense": dense, f"one-shot {target}": one_shot}
         whole = self.whole_denoiser()
         networks |= {f"sparsedm at {name}": self._under(pattern, whole) for name, pattern in self._further()}
-        networks[f"sparsedm {target}"] = whole
+        networks[self.result_name] = whole
         return {name: Variant(network) for name, network in networks.items()}
 
     def _further(self) -> list[tuple[str, Sparsity | None]]:

@@ -36,7 +36,8 @@ def allocate(
     least = untouched + sum(min(row) for row in costs)
     capacity = math.floor(Fraction(budget) * total) - untouched
     if least - untouched > capacity:
-        raise InputError(f"model.allocation.budget: {budget:g} is out of reach: these patterns keep {least / total:.4f}")
+        kept = least / total
+        raise InputError(f"model.allocation.budget: {budget:g} is out of reach: these patterns keep {kept:.4f}")
     values = [[-errors[n][s] for s in patterns] for n, patterns in zip(names, options, strict=True)]
     chosen = choose(costs, values, capacity, _GRID)
     return {name: patterns[i] for name, patterns, i in zip(names, options, chosen, strict=True)}

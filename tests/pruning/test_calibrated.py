@@ -162,10 +162,10 @@ def test_the_allocation_is_the_best_of_all_within_the_budget(seed: int) -> None:
         found = allocate(errors, macs, total, budget)
 
         def kept(patterns: Any) -> float:
-            return 100 + sum(macs[name] * s.density for name, s in zip(errors, patterns, strict=True))
+            return float(100 + sum(macs[name] * s.density for name, s in zip(errors, patterns, strict=True)))
 
         def cost(patterns: Any) -> float:
-            return sum(errors[name][s] for name, s in zip(errors, patterns, strict=True))
+            return float(sum(errors[name][s] for name, s in zip(errors, patterns, strict=True)))
 
         assert kept(found.values()) <= budget * total
         best = min(cost(p) for p in product(PATTERNS, repeat=5) if kept(p) <= budget * total)

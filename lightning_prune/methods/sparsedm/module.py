@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +12,12 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
-from lightning_prune.diffusion.conditions import Condition, move
+from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration, Statistics
+from lightning_prune.methods.sparsedm.calibrated import Calibrated
+from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
 from lightning_prune.methods.sparsedm.distillation import (
     Distillation,
     draw_scales,
@@ -31,14 +28,14 @@ from lightning_prune.methods.sparsedm.distillation import (
     watching,
 )
 from lightning_prune.methods.sparsedm.loss import sparsedm_loss
-from lightning_prune.methods.sparsedm.scores import CALIBRATED, MaskScores, fixed_scores
-from lightning_prune.module import Batch, LrSchedule, PruningModule
+from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
+from lightning_prune.module import Batch, LrSchedule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import MaskSet, select_units
 
 
-class SparseDM(PruningModule):
+class SparseDM(Calibrated):
     """Fine-tune under N:M masks with a straight-through gradient and distillation from the dense start.
 
     Args:
@@ -103,6 +100,8 @@ class SparseDM(PruningModule):
     ) -> None:
         average = None if one_shot else ema_decay
         super().__init__(denoiser, process, optimizer, lr_schedule, warmup_steps, average, label_dropout, seed, compile)
+        self.mask_scores, self.calibration, self.allocation = mask_scores, calibration, allocation
+        self.one_shot = one_shot
         self.automatic_optimization = not one_shot
         for name, weight in (("noise_weight", noise_weight), ("distill_weight", distill_weight), ("decay", decay)):
             if weight < 0:
@@ -121,35 +120,25 @@ class SparseDM(PruningModule):
             raise InputError("model.also: several patterns have no allocation, features or guidance yet")
         self.target_sparsity = Sparsity.parse(sparsity)
         self.also = check_also([Sparsity.parse(pattern) for pattern in also or []], self.target_sparsity)
-        self.freeze_masks_at, self.mask_scores = freeze_masks_at, mask_scores
+        self.freeze_masks_at = freeze_masks_at
         self.decay, self.noise_weight, self.distill_weight = decay, noise_weight, distill_weight
-        self.distillation, self.calibration = distillation, calibration
-        self.one_shot, self.allocation = one_shot, allocation
+        self.distillation = distillation
         self._features = feature_modules(denoiser, distillation.blocks) if distillation.features > 0 else []
         self._dense = Frozen(deepcopy(denoiser))
         exclude = denoiser.default_dense() if dense_layers is None else dense_layers
         self._units = select_units(denoiser.anatomy(), layers, exclude, self.target_sparsity.m)
-        self.masks = MaskSet(denoiser.network, self._units, self._pattern)
+        self.masks = MaskSet(denoiser.network, self._units, self.pattern)
         if (scores := fixed_scores(mask_scores, self.masks.layers, self.seed)) is not None:
             self.masks.set_scores(scores)
-        if self._pattern is None and (self._is_calibrated or one_shot):
+        if self.pattern is None and (self.is_calibrated or one_shot):
             raise InputError(f"model.sparsity: {self.target_sparsity} is dense, so there is nothing to calibrate for")
-        self._patterns: dict[str, Sparsity] = {}
-        self._statistics: Statistics | None = None
-        self._seen: dict[str, Any] | None = None
-        self._ready = not (self._is_calibrated or one_shot)
-        self._now: Sparsity | None = self._pattern
+        self._now: Sparsity | None = self.pattern
         self._flips: dict[str, float] = {}
 
     @property
-    def _pattern(self) -> Sparsity | None:
+    def pattern(self) -> Sparsity | None:
         """The pattern to reach; None for n == m, the dense control."""
         return None if self.target_sparsity.is_dense else self.target_sparsity
-
-    @property
-    def _is_calibrated(self) -> bool:
-        """Whether masks, patterns or weights come from statistics."""
-        return self.mask_scores in CALIBRATED or self.calibration.compensate or self.allocation is not None
 
     @property
     def target(self) -> str:
@@ -161,7 +150,7 @@ class SparseDM(PruningModule):
     @property
     def result_name(self) -> str:
         """Row name of the result."""
-        calibrated = "calibrated " if self._is_calibrated else ""
+        calibrated = "calibrated " if self.is_calibrated else ""
         return f"{calibrated}one-shot at {self.target}" if self.one_shot else f"sparsedm {self.target}"
 
     # Training
@@ -176,16 +165,14 @@ class SparseDM(PruningModule):
         scale = None
         if self.distillation.guidance is not None:
             scale = draw_scales(self.distillation.guidance, len(x_t), generator, x_t)
-        watched = bool(self._features) and self.training
+        names = self._features if self.training else []
         dense = self._dense.on(self.device)
-        with watching(dense.network, self._features) if watched else nullcontext([]) as wanted, torch.no_grad():
+        with watching(dense.network, names) as wanted, torch.no_grad():
             _, teacher = self._predictions(dense, dense, x_t, t, cond, scale)
-        with watching(self.denoiser.network, self._features) if watched else nullcontext([]) as given:
+        with watching(self.denoiser.network, names) as given:
             student, matched = self._predictions(self.denoise, self.denoiser, x_t, t, cond, scale)
-        total, parts = sparsedm_loss(
-            student, target, teacher, self.noise_weight, self.distill_weight, weights, matched
-        )
-        if watched:
+        total, parts = sparsedm_loss(student, target, teacher, self.noise_weight, self.distill_weight, weights, matched)
+        if names:
             features = feature_loss(given, wanted)
             total, parts["feature_loss"] = total + self.distillation.features * features, features.detach()
         return total, parts
@@ -204,6 +191,12 @@ class SparseDM(PruningModule):
         if self.distillation.weighting == "uniform":
             return None
         return timestep_weights(self.process, self.distillation.weighting, self.distillation.snr_cap, t)
+
+    def sample_weights(self, t: Tensor) -> Tensor:
+        """Weight of each sample [B] in the loss at timesteps `t` [B], noise prediction and distillation together."""
+        settings = self.distillation
+        weights = timestep_weights(self.process, settings.weighting, settings.snr_cap, t)
+        return self.noise_weight + self.distill_weight * weights
 
     def _loss_of_several(
         self, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor, sampled: Tensor | None, generator: Generator
@@ -248,115 +241,15 @@ class SparseDM(PruningModule):
             self.log_dict({f"flip_rate/{name}": value for name, value in self._flips.items()})
             self._flips = {}
 
-    # Calibration
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:  # type: ignore[override]
-        if not self.one_shot:
-            return super().training_step(batch, batch_idx)
-        self._see(batch, self.trainer.fit_loop.epoch_loop.total_batch_idx)
-        self.log("samples", float(len(batch["x"])))
-        return None
-
-    def configure_optimizers(self) -> Any:
-        """None where nothing is trained."""
-        return ([], []) if self.one_shot else super().configure_optimizers()
-
-    def _see(self, batch: Batch, index: int) -> None:
-        """Add a batch to the statistics, noised and weighted as the loss would."""
-        if self._statistics is None:
-            self._statistics = self._begin()
-        x_t, t, cond, _ = self.diffuse(batch, self.step_generator(5, index))
-        weights = timestep_weights(self.process, self.distillation.weighting, self.distillation.snr_cap, t)
-        self._statistics.see(x_t, t, cond, self.noise_weight + self.distill_weight * weights)
-
-    def _begin(self) -> Statistics:
-        """Statistics of nothing yet, or of what an interrupted run had seen."""
-        statistics = Statistics(self.denoiser, self.masks, self.calibration, Path(self.trainer.default_root_dir))
-        if self._seen is not None:
-            # Summed over processes when they were saved, so they stay with one of them.
-            statistics.load(self._seen, self.global_rank == 0)
-        self._seen = None
-        return statistics
-
-    def _calibrate(self) -> None:
-        """Look at batches of a loader of its own, so that the run's is not moved on."""
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if datamodule is None:
-            raise InputError("data: calibration needs a data module")
-        loader = iter(datamodule.train_dataloader())
-        for index in range(self.calibration.batches):
-            batch = next(loader, None)
-            if batch is None:
-                break
-            self._see({**batch, "x": batch["x"].to(self.device), "cond": move(batch["cond"], self.device)}, index)
-        self._prune()
-
-    def _prune(self) -> None:
-        """From statistics to masks, patterns and weights; all processes call it together."""
-        statistics, self._statistics = self._statistics or self._begin(), None
-        statistics.sum_over(self._summed)
-        if scales := statistics.scales(self.mask_scores):
-            self.masks.set_scales(scales)
-        if self.allocation is not None:
-            ledger = self.ledger()
-            found = statistics.allocate(self.allocation, ledger.by_layer(), ledger.macs(), self._averaged)
-            self._patterns = found[0]
-        self.set_sparsity(self._pattern)
-        if self.calibration.compensate:
-            lost = statistics.compensate(self.mask_scores)
-            self.print(f"calibration: {len(lost)} layers refitted, {sum(lost.values()) / len(lost):.4f} of output lost")
-        if self.allocation is not None:
-            self.print(f"allocation: {self.kept_fraction()['aten']:.4f} of MACs kept, budget {self.allocation.budget:g}")
-        self._ready = True
-        self.weights_changed()
-
-    def _summed(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, on each of them."""
-        if self.trainer.world_size == 1:
-            return tensor.clone()
-        total: Tensor = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
-        return total.cpu()
-
-    def _averaged(self, tensor: Tensor) -> Tensor:
-        return self._summed(tensor) / self.trainer.world_size
-
-    def on_train_epoch_end(self) -> None:
-        # Before the checkpoint at the end of the epoch, which holds the result.
-        if self.one_shot and not self._ready:
-            self._prune()
-
-    def artifact_files(self) -> dict[str, str]:
-        """The pattern of every layer, where they were allocated."""
-        if self.allocation is None:
-            return {}
-        content = {
-            "budget": self.allocation.budget,
-            "macs_kept": self.kept_fraction()["aten"],
-            "patterns": {name: str(pattern) for name, pattern in self._patterns.items()},
-        }
-        return {"allocation.json": json.dumps(content, indent=2) + "\n"}
-
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._ready and (self._is_calibrated or self.one_shot):
-            checkpoint["calibrated"] = {
-                "scales": {name: layer.scale for name, layer in self.masks.layers.items() if layer.scale is not None},
-                "patterns": {name: str(pattern) for name, pattern in self._patterns.items()},
-            }
-        elif self._statistics is not None:
-            checkpoint["statistics"] = self._statistics.state(self._summed)
+        super().on_save_checkpoint(checkpoint)
         if self.freeze_masks_at is not None:
             checkpoint["frozen_masks"] = self.masks.frozen_masks()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._seen = checkpoint.get("statistics")
-        if (calibrated := checkpoint.get("calibrated")) is not None:
-            for name, scale in calibrated["scales"].items():
-                self.masks.layers[name].set_scale(scale)
-            self._patterns = {name: Sparsity.parse(text) for name, text in calibrated["patterns"].items()}
-            self.set_sparsity(self._now)
-            self._ready = True
+        super().on_load_checkpoint(checkpoint)
         if "frozen_masks" in checkpoint:
             self.masks.restore(checkpoint["frozen_masks"])
 
@@ -367,11 +260,7 @@ class SparseDM(PruningModule):
                 "model.optimizer: with fused: true and trainer.precision 16-mixed the optimizer unscales inside its "
                 "step and divides the decay away; use bf16-mixed, fused: false or decay: 0"
             )
-
-        if self.one_shot and self.trainer.max_epochs != 1:
-            raise InputError("model.one_shot: sees the data once; set trainer.max_epochs: 1 and limit_train_batches")
-        if not self._ready and not self.one_shot:
-            self._calibrate()
+        super().on_fit_start()
 
     def weights_changed(self) -> None:
         if self._is_logged_step():
@@ -392,7 +281,7 @@ class SparseDM(PruningModule):
 
         Patterns by layer are known only after calibration; until then the budget stands for what they keep.
         """
-        patterns = {} if self._pattern is None else dict.fromkeys(self.masks.layers, self._pattern)
+        patterns = {} if self.pattern is None else dict.fromkeys(self.masks.layers, self.pattern)
         zeros = sum(self.masks.layers[name].weight.numel() * s.fraction for name, s in patterns.items())
         parameters = round(sum(p.numel() for p in self.denoiser.parameters()) - zeros)
         kept = float(self.ledger().kept_share(patterns))
@@ -406,7 +295,7 @@ class SparseDM(PruningModule):
         )
 
     def shard(self, mesh: Any) -> None:
-        if self._is_calibrated or self.one_shot:
+        if self.is_calibrated or self.one_shot:
             raise InputError("model.calibration: weights and masks from statistics cannot be sharded yet; use DDP")
         if self.freeze_masks_at is not None or self.mask_scores != "magnitude":
             key = "mask_scores" if self.freeze_masks_at is None else "freeze_masks_at"
@@ -421,13 +310,7 @@ class SparseDM(PruningModule):
         Where patterns were allocated, the target stands for them, and on the way there no layer gets a sparser one
         than its own.
         """
-        if self._patterns and isinstance(sparsity, Sparsity):
-            chosen = self._patterns
-            if sparsity != self._pattern:
-                chosen = {name: max(sparsity, own, key=lambda s: s.density) for name, own in chosen.items()}
-            self.masks.set_sparsity({re.escape(name): pattern for name, pattern in chosen.items()})
-        else:
-            self.masks.set_sparsity(sparsity)
+        self.masks.set_sparsity(self.allotted(sparsity))
         if not isinstance(sparsity, Mapping):
             self._now = sparsity
 
@@ -442,7 +325,7 @@ class SparseDM(PruningModule):
     def variants(self) -> dict[str, Variant]:
         """The dense start, the same under one-shot magnitude masks, and the result."""
         dense = self._dense.on(self.device)
-        if self._pattern is None:
+        if self.pattern is None:
             return {"dense": Variant(dense), "dense fine-tuned": Variant(self.whole_denoiser())}
         one_shot = deepcopy(dense)
         MaskSet(one_shot.network, self._units, self.target_sparsity)

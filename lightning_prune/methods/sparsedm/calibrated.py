@@ -127,9 +127,7 @@ class Calibrated(PruningModule):
             self.masks.set_scales(scales)
         if self.allocation is not None:
             ledger = self.ledger()
-            self._patterns, _ = statistics.allocate(
-                self.allocation, ledger.by_layer(), ledger.macs(), self._averaged
-            )
+            self._patterns, _ = statistics.allocate(self.allocation, ledger.by_layer(), ledger.macs(), self._averaged)
         self.set_sparsity(self.pattern)
         if self.calibration.compensate:
             lost = statistics.compensate(self.mask_scores)

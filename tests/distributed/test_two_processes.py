@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
+
+from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.protocols import Sparsity
+from lightning_prune.pruning.nm import nm_mask
+from tests.factories import DIT_CONFIG
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "sparsedm_dit.yaml"
 
@@ -61,3 +68,21 @@ def test_any_number_of_processes_draws_the_same_files(fitted: Path, tmp_path: Pa
 
 def report(file: Path) -> Any:
     return json.loads(file.read_text())
+
+
+def test_decay_is_added_once_whatever_the_number_of_processes(tmp_path: Path) -> None:
+    """With no loss to speak of, pruned weights shrink by lr * lambda a step and the others stay."""
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5")
+    sgd = (*sgd, "--model.optimizer.weight_decay", "0", "--model.decay", "0.2")
+    quiet = ("--model.noise_weight", "1e-30", "--model.distill_weight", "0", "--model.ema_decay", "null")
+    off = ("--run.wandb", "disabled", "--trainer.callbacks", "null", "--trainer.limit_val_batches", "0")
+    one, two = (
+        torch.load(run("fit", tmp_path, n, *sgd, *quiet, *off) / "checkpoints" / "last.ckpt", weights_only=True)
+        for n in (1, 2)
+    )
+    assert all(torch.equal(tensor, two["state_dict"][name]) for name, tensor in one["state_dict"].items())
+    name = "denoiser.network.transformer_blocks.0.attn1.to_q.weight"
+    pl.seed_everything(0)
+    start = DiT(config=DIT_CONFIG).network.get_parameter(name.removeprefix("denoiser.network.")).detach()
+    mask = nm_mask(start, Sparsity(2, 4))
+    torch.testing.assert_close(one["state_dict"][name], torch.where(mask, start, start * 0.9**4))

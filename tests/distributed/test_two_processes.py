@@ -14,7 +14,7 @@ import torch
 
 from lightning_prune.diffusion.models.dit import DiT
 from lightning_prune.protocols import Sparsity
-from lightning_prune.pruning.nm import nm_mask
+from lightning_prune.pruning.nm import nm_mask, violations
 from tests.factories import DIT_CONFIG
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "sparsedm_dit.yaml"
@@ -86,3 +86,19 @@ def test_decay_is_added_once_whatever_the_number_of_processes(tmp_path: Path) ->
     start = DiT(config=DIT_CONFIG).network.get_parameter(name.removeprefix("denoiser.network.")).detach()
     mask = nm_mask(start, Sparsity(2, 4))
     torch.testing.assert_close(one["state_dict"][name], torch.where(mask, start, start * 0.9**4))
+
+
+def test_two_processes_calibrate_together(tmp_path: Path) -> None:
+    """Patterns, weights and budget hold when statistics come from two processes."""
+    how = ("--model.one_shot", "true", "--model.mask_scores", "obs", "--model.calibration.compensate", "true")
+    once = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2")
+    once = (*once, "--trainer.val_check_interval", "null", "--trainer.check_val_every_n_epoch", "1")
+    off = ("--run.wandb", "disabled", "--trainer.callbacks", "null", "--trainer.limit_val_batches", "0")
+    found = run("fit", tmp_path, 2, *how, *once, *off, "--model.allocation.budget", "0.6")
+    written = json.loads((found / "artifact" / "allocation.json").read_text())
+    assert 0.5 < written["macs_kept"] <= 0.6
+    checkpoint = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["calibrated"]["patterns"] == written["patterns"]
+    for name, text in written["patterns"].items():
+        weight = checkpoint["state_dict"][f"denoiser.network.{name}.weight"]
+        assert violations(weight, Sparsity.parse(text)) == 0

@@ -99,7 +99,8 @@ class Calibrated(PruningModule):
 
     def _begin(self) -> Statistics:
         """Statistics of nothing yet, or of what an interrupted run had seen."""
-        statistics = Statistics(self.denoiser, self.masks, self.calibration, Path(self.trainer.default_root_dir))
+        folder = Path(self.trainer.default_root_dir)
+        statistics = Statistics(self.denoiser, self.masks, self.mask_scores, self.calibration, folder)
         if self._seen is not None:
             # Summed over processes when they were saved, so they stay with one of them.
             statistics.load(self._seen, self.global_rank == 0)
@@ -123,14 +124,14 @@ class Calibrated(PruningModule):
         """From statistics to masks, patterns and weights; all processes call it together."""
         statistics, self._statistics = self._statistics or self._begin(), None
         statistics.sum_over(self._summed)
-        if scales := statistics.scales(self.mask_scores):
+        if scales := statistics.scales():
             self.masks.set_scales(scales)
         if self.allocation is not None:
             ledger = self.ledger()
             self._patterns, _ = statistics.allocate(self.allocation, ledger.by_layer(), ledger.macs(), self._averaged)
         self.set_sparsity(self.pattern)
         if self.calibration.compensate:
-            lost = statistics.compensate(self.mask_scores)
+            lost = statistics.compensate()
             self._say(f"calibration: {len(lost)} layers refitted, {sum(lost.values()) / len(lost):.4f} of output lost")
         if self.allocation is not None:
             kept = self.kept_fraction()["aten"]

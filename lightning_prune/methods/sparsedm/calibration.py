@@ -67,8 +67,9 @@ class Allocation:
         budget: fraction of the dense call's MACs (aten) that may be left; never exceeded.
         patterns: what a layer may take, "n:m"; with n == m it may stay dense. Those that do not divide a layer's
             inputs are not considered for it.
-        sensitivity: what a pattern costs in a layer: "measured" is the error of the network's prediction with that
-            layer alone masked, on a calibration batch; "second-order" the share of the layer's own output lost.
+        sensitivity: what a pattern costs in a layer, compensated where the calibration compensates: "measured" is the
+            error of the network's prediction with that layer alone pruned, on a calibration batch; "second-order" the
+            share of the layer's own output lost.
 
     Raises:
         InputError: a budget outside (0, 1], or no pattern.
@@ -96,12 +97,15 @@ class Statistics:
     Args:
         denoiser: the network, masked by `masks`; while it is looked at it computes densely.
         masks: its masks.
-        settings: how.
+        scores: what they are derived from.
+        settings: how statistics are used.
         folder: where to map the moments from; null keeps them in memory.
     """
 
-    def __init__(self, denoiser: Denoiser, masks: MaskSet, settings: Calibration, folder: Path | None) -> None:
-        self.denoiser, self.masks, self.settings = denoiser, masks, settings
+    def __init__(
+        self, denoiser: Denoiser, masks: MaskSet, scores: MaskScores, settings: Calibration, folder: Path | None
+    ) -> None:
+        self.denoiser, self.masks, self.scores, self.settings = denoiser, masks, scores, settings
         units = [unit for unit in denoiser.anatomy() if unit.name in masks.layers]
         self.groups = input_groups(denoiser.network, units)
         self.curvature = Curvature(denoiser.network, self.groups, 1, folder)
@@ -125,11 +129,22 @@ class Statistics:
         group = next(group for group in self.groups if group.name == name)
         return layer_problem(self.denoiser.network, group, self.curvature, self.settings.damping)
 
-    def scales(self, scores: MaskScores) -> dict[str, Tensor]:
+    def scales(self) -> dict[str, Tensor]:
         """Column scales by layer, for scores that are calibrated; none for others."""
-        if scores not in ("wanda", "obs"):
+        if self.scores not in ("wanda", "obs"):
             return {}
-        return {n: column_scale(self.problem(n), layer.weight, scores) for n, layer in self.masks.layers.items()}
+        return {n: column_scale(self.problem(n), layer.weight, self.scores) for n, layer in self.masks.layers.items()}
+
+    def pruned(self, problem: Layer, name: str, sparsity: Sparsity) -> Tensor:
+        """The weight [m, n] of a layer under a pattern, compensated where that is asked for."""
+        keep = mask_columns(self.masks.layers[name].derived_mask(sparsity)).cpu()
+        if not self.settings.compensate:
+            weight = problem.weight.clone()
+            weight[:, : keep.shape[1]] *= keep
+            return weight
+        if self.scores == "obs":
+            keep = obs_mask(problem, keep.shape[1], sparsity)
+        return refit(problem, keep)
 
     def allocate(
         self, wanted: Allocation, macs: Mapping[str, int], total: int, average: Reduce
@@ -159,39 +174,30 @@ class Statistics:
         assert self._probe is not None
         device = next(self.denoiser.parameters()).device
         x_t, t, cond, weights = (move(part, device) for part in self._probe)
-        layer, errors = self.masks.layers[name], []
+        layer, problem, errors = self.masks.layers[name], self.problem(name), []
+        before = {key: value.clone() for key, value in layer.state_dict().items()}
         with _dense(self.denoiser, self.masks):
             expected = self.denoiser(x_t, t, cond)
             for pattern in patterns:
-                layer.set_sparsity(pattern)
+                write_weight(layer, self.pruned(problem, name, pattern).to(layer.weight))
                 change = (self.denoiser(x_t, t, cond) - expected).square().flatten(1).mean(1)
                 errors.append(float((change * weights).sum() / weights.sum()))
-            layer.set_sparsity(None)
+                layer.load_state_dict(before)
         return errors
 
     def _lost(self, name: str, patterns: list[Sparsity]) -> list[float]:
-        problem, layer = self.problem(name), self.masks.layers[name]
-        errors = []
-        for pattern in patterns:
-            weight = problem.weight.clone()
-            mask = mask_columns(layer.derived_mask(pattern)).cpu()
-            weight[:, : mask.shape[1]] *= mask
-            errors.append(removal_error(problem, weight))
-        return errors
+        problem = self.problem(name)
+        return [removal_error(problem, self.pruned(problem, name, pattern)) for pattern in patterns]
 
-    def compensate(self, scores: MaskScores) -> dict[str, float]:
+    def compensate(self) -> dict[str, float]:
         """Refit every masked layer in place under the patterns in force; the share of each one's output then lost."""
         lost = {}
         for name, layer in self.masks.layers.items():
-            if layer.sparsity is None:
-                continue
-            problem = self.problem(name)
-            keep = mask_columns(layer.derived_mask(layer.sparsity)).cpu()
-            if scores == "obs":
-                keep = obs_mask(problem, keep.shape[1], layer.sparsity)
-            fitted = refit(problem, keep)
-            lost[name] = removal_error(problem, fitted)
-            write_weight(layer, fitted.to(layer.weight))
+            if layer.sparsity is not None:
+                problem = self.problem(name)
+                fitted = self.pruned(problem, name, layer.sparsity)
+                lost[name] = removal_error(problem, fitted)
+                write_weight(layer, fitted.to(layer.weight))
         return lost
 
     def state(self, reduce: Reduce) -> dict[str, Any]:

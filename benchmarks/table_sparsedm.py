@@ -47,6 +47,7 @@ EXTENSION = {
     "sparsedm-calibrated": "sparsedm/fashion_dit_calibrated.yaml",
     "sparsedm-calibrated-frozen": "sparsedm/fashion_dit_calibrated_frozen.yaml",
     "sparsedm-allocated": "sparsedm/fashion_dit_allocated.yaml",
+    "sparsedm-calibrated-allocated": "sparsedm/fashion_dit_calibrated_allocated.yaml",
 }
 UNET = (
     "--model.denoiser=lightning_prune.diffusion.models.unet2d.UNet2D",
@@ -187,7 +188,7 @@ def _diff_pruning(network: str) -> Job:
 
 
 def _job(network: str, variant: str, config: str, seed: int, tier: str) -> Job:
-    result = "sparsedm 0.5453 of MACs" if variant == "sparsedm-allocated" else "sparsedm 2:4"
+    result = "sparsedm 0.5453 of MACs" if variant.endswith("-allocated") else "sparsedm 2:4"
     beside = {}
     if variant == "asp-retrained":
         beside = {"one-shot 2:4": "one-shot", FEWER_STEPS[network]: "fewer-steps"}

@@ -10,10 +10,11 @@ import yaml
 from lightning_prune import load
 from lightning_prune.cli import main
 from lightning_prune.cli.export import build_module
+from lightning_prune.cli.preflight import check
 from lightning_prune.diffusion.pretrained import without_weights
 from lightning_prune.methods.dense import Dense
 from lightning_prune.metrics.macs import count_denoiser
-from lightning_prune.protocols import Sparsity
+from lightning_prune.protocols import InputError, Sparsity
 from lightning_prune.pruning.masks import select_units
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -54,6 +55,12 @@ def test_an_artifact_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.C
     assert fit(CONFIGS / "baselines" / "diff-pruning.yaml", tmp_path, missing) == 2
     assert "nothing" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "diff-pruning").exists()
+
+
+def test_a_queue_is_told_of_a_missing_artifact(tmp_path: Path) -> None:
+    config, missing = CONFIGS / "baselines" / "diff-pruning.yaml", tmp_path / "nothing"
+    with pytest.raises(InputError, match=r"denoiser\.init_args\.path: .*nothing: no such file or folder"):
+        check(["fit", "--config", str(config), f"--model.denoiser.path={missing}"])
 
 
 @pytest.mark.parametrize("name", ["small-dense.yaml", "small-dense-unet.yaml"])

@@ -72,12 +72,12 @@ def report(file: Path) -> Any:
 
 def test_decay_is_added_once_whatever_the_number_of_processes(tmp_path: Path) -> None:
     """With no loss to speak of, pruned weights shrink by lr * lambda a step and the others stay."""
-    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5")
-    sgd = (*sgd, "--model.optimizer.weight_decay", "0", "--model.decay", "0.2")
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5", "--model.optimizer.weight_decay", "0")
     quiet = ("--model.noise_weight", "1e-30", "--model.distill_weight", "0", "--model.ema_decay", "null")
+    decay = ("--model.decay", "0.2")
     off = ("--run.wandb", "disabled", "--trainer.callbacks", "null", "--trainer.limit_val_batches", "0")
     one, two = (
-        torch.load(run("fit", tmp_path, n, *sgd, *quiet, *off) / "checkpoints" / "last.ckpt", weights_only=True)
+        torch.load(run("fit", tmp_path, n, *sgd, *quiet, *decay, *off) / "checkpoints" / "last.ckpt", weights_only=True)
         for n in (1, 2)
     )
     assert all(torch.equal(tensor, two["state_dict"][name]) for name, tensor in one["state_dict"].items())
@@ -92,9 +92,9 @@ def test_two_processes_calibrate_together(tmp_path: Path) -> None:
     """Patterns, weights and budget hold when statistics come from two processes."""
     how = ("--model.one_shot", "true", "--model.mask_scores", "obs", "--model.calibration.compensate", "true")
     once = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2")
-    once = (*once, "--trainer.val_check_interval", "null", "--trainer.check_val_every_n_epoch", "1")
+    epoch = ("--trainer.val_check_interval", "null", "--trainer.check_val_every_n_epoch", "1")
     off = ("--run.wandb", "disabled", "--trainer.callbacks", "null", "--trainer.limit_val_batches", "0")
-    found = run("fit", tmp_path, 2, *how, *once, *off, "--model.allocation.budget", "0.6")
+    found = run("fit", tmp_path, 2, *how, *once, *epoch, *off, "--model.allocation.budget", "0.6")
     written = json.loads((found / "artifact" / "allocation.json").read_text())
     assert 0.5 < written["macs_kept"] <= 0.6
     checkpoint = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)

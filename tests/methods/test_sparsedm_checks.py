@@ -59,7 +59,7 @@ def test_decay_added_before_unscaling_would_be_divided_away() -> None:
 
 
 def test_the_last_convolution_of_three_channels_is_left_dense() -> None:
-    net = nn.Sequential(nn.Conv2d(8, 3, 3), nn.Conv2d(3, 3, 3))
+    net: Any = nn.Sequential(nn.Conv2d(8, 3, 3), nn.Conv2d(3, 3, 3))
     units = [PrunableUnit(str(i), "conv", (f"{i}.weight",), net[i].in_channels) for i in range(2)]
     assert net[1].weight.numel() == 81
     assert [unit.name for unit in select_units(units, None, [], 4)] == ["0"]

@@ -30,14 +30,24 @@ CORE = {
     "sparsedm-fixed": "sparsedm/fashion_dit_fixed.yaml",
     "sparsedm-progressive": "sparsedm/fashion_dit_progressive.yaml",
     "sparsedm-distilled": "sparsedm/fashion_dit_progressive.yaml",
-    "small-dense": "baselines/small-dense.yaml",
 }
+SMALL = {"fashion_dit": "baselines/small-dense.yaml", "fashion_unet": "baselines/small-dense-unet.yaml"}
+# Share of MACs that structural pruning removes to be left with those of 2:4.
+REMOVED = {"fashion_dit": 0.455, "fashion_unet": 0.498}
 EXTENSION = {
     "gradual-magnitude": "baselines/gradual-magnitude.yaml",
     "random-nm": "baselines/random-nm.yaml",
     "fixed-nm": "baselines/fixed-nm.yaml",
     "sparsedm-freeze": "sparsedm/fashion_dit_freeze.yaml",
     "sparsedm-several": "sparsedm/fashion_dit_several.yaml",
+    "sparsedm-features": "sparsedm/fashion_dit_features.yaml",
+    "sparsedm-min-snr": "sparsedm/fashion_dit_min_snr.yaml",
+    "sparsedm-guided": "sparsedm/fashion_dit_guided.yaml",
+    "sparsedm-wanda": "sparsedm/fashion_dit_wanda.yaml",
+    "sparsedm-calibrated": "sparsedm/fashion_dit_calibrated.yaml",
+    "sparsedm-calibrated-frozen": "sparsedm/fashion_dit_calibrated_frozen.yaml",
+    "sparsedm-allocated": "sparsedm/fashion_dit_allocated.yaml",
+    "sparsedm-calibrated-allocated": "sparsedm/fashion_dit_calibrated_allocated.yaml",
 }
 UNET = (
     "--model.denoiser=lightning_prune.diffusion.models.unet2d.UNet2D",
@@ -61,11 +71,18 @@ def jobs() -> Iterator[Job]:
         for network in STEPS:
             yield _control(network, seed)
             for variant, config in CORE.items():
-                if (network, variant) == ("fashion_unet", "small-dense"):
-                    continue  # its smaller self has no config yet
                 yield _job(network, variant, config, seed, "core")
+            yield _small(network, seed)
     for variant, config in EXTENSION.items():
         yield _job("fashion_dit", variant, config, 0, "extension")
+    for network in STEPS:
+        yield _one_shot(
+            network, "calibrated-one-shot", "calibrated one-shot at 2:4", "baselines/calibrated-one-shot.yaml"
+        )
+        removed = f"--model.target={REMOVED[network]}"
+        config = "baselines/one-network-taylor.yaml"
+        yield _one_shot(network, "diff-pruning-one-shot", "mosaicdiff uniform", config, (removed,))
+        yield _diff_pruning(network)
     for variant, options in TRIED.items():
         yield _single(variant, "quickstart.yaml", 5.0, options)
     yield _single("dense-fine-tuned-long", "baselines/dense-fine-tuned.yaml", 15.0)
@@ -75,9 +92,13 @@ def jobs() -> Iterator[Job]:
 
 def _options(network: str, rows: Iterable[str]) -> tuple[str, ...]:
     """What all runs of the table share, whatever their configs say, and the rows that are scored beside the result."""
+    return (*(UNET if network == "fashion_unet" else ()), *_training(network, rows))
+
+
+def _training(network: str, rows: Iterable[str] = ()) -> tuple[str, ...]:
+    """The same for a network that the config names itself."""
     steps = STEPS[network]
     return (
-        *(UNET if network == "fashion_unet" else ()),
         f"--trainer.max_steps={steps}",
         f"--trainer.val_check_interval={steps}",
         "--model.warmup_steps=20",
@@ -115,8 +136,59 @@ def _single(variant: str, config: str, minutes: float, options: tuple[str, ...] 
     )
 
 
+def _small(network: str, seed: int) -> Job:
+    """A smaller dense network of about equal MACs, which begins with what it can take over."""
+    return Job(
+        name=f"{network}-small-dense-{seed}",
+        network=network,
+        rows={"small dense": "small-dense"},
+        target="2:4",
+        seed=seed,
+        config=SMALL[network],
+        options=_training(network),
+        minutes=MINUTES[network],
+    )
+
+
+def _one_shot(network: str, variant: str, row: str, config: str, options: tuple[str, ...] = ()) -> Job:
+    """A run that calibrates and trains nothing."""
+    unet = UNET if network == "fashion_unet" else ()
+    return Job(
+        name=f"{network}-{variant}-0",
+        network=network,
+        rows={row: variant},
+        target="2:4",
+        seed=0,
+        config=config,
+        options=(*unet, *options, "--trainer.callbacks.init_args.rows=[]"),
+        tier="extension",
+        minutes=MINUTES[network],
+    )
+
+
+def _diff_pruning(network: str) -> Job:
+    """The structurally pruned network, fine-tuned like the others."""
+    teacher = tuple(option.replace("model.denoiser", "model.teacher") for option in UNET)
+    return Job(
+        name=f"{network}-diff-pruning-0",
+        network=network,
+        rows={"small dense": "diff-pruning"},
+        target="2:4",
+        seed=0,
+        config="baselines/diff-pruning.yaml",
+        options=(
+            *(teacher if network == "fashion_unet" else ()),
+            *_training(network),
+            "--model.denoiser.path={after}/artifact",
+        ),
+        tier="extension",
+        minutes=MINUTES[network],
+        after=f"{network}-diff-pruning-one-shot-0",
+    )
+
+
 def _job(network: str, variant: str, config: str, seed: int, tier: str) -> Job:
-    result = "small dense" if variant == "small-dense" else "sparsedm 2:4"
+    result = "sparsedm 0.5453 of MACs" if variant.endswith("-allocated") else "sparsedm 2:4"
     beside = {}
     if variant == "asp-retrained":
         beside = {"one-shot 2:4": "one-shot", FEWER_STEPS[network]: "fewer-steps"}

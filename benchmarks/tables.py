@@ -40,7 +40,7 @@ class Job:
         target: what the variants aim at, as the results file writes it.
         seed: seed of the run.
         config: file below `configs/`.
-        options: further command-line options.
+        options: further command-line options; "{after}" in them is the run folder of the job in `after`.
         tier: "core" or "extension".
         minutes: what it takes on two CPU cores, for `--estimate`.
         after: job that must have been run before, because its artifact is read.
@@ -199,7 +199,8 @@ def _run(table: Table, job: Job, runs: Path, device: str) -> bool:
     """Run a job, resuming it if it was interrupted, and take its rows. Returns whether it ended well."""
     folder = runs / job.name
     command = ["fit", "--config", f"configs/{job.config}", "--seed_everything", str(job.seed)]
-    command += ["--run.root", str(runs), "--run.name", job.name, *job.options]
+    command += ["--run.root", str(runs), "--run.name", job.name]
+    command += [option.replace("{after}", str(runs / (job.after or ""))) for option in job.options]
     command += ["--trainer.accelerator", "gpu"] if device == "cuda" else []
     checkpoint = folder / "checkpoints" / "last.ckpt"
     resumed = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
@@ -212,7 +213,7 @@ def _run(table: Table, job: Job, runs: Path, device: str) -> bool:
     facts = {
         "device": device,
         "minutes": round((time.monotonic() - began) / 60, 1),
-        "command": f"lightning_prune {shlex.join(command)}",
+        "command": f"lightning_prune {shlex.join(command)}".replace(f"{ROOT}/", ""),
         "commit": _commit(),
     }
     report = json.loads((folder / "report.json").read_text())

@@ -1,7 +1,9 @@
 """The driver of the tables: rows are kept, runs that are there are not made again, pairs are found across runs."""
 
+import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -96,6 +98,20 @@ def test_the_estimate_runs_nothing(results: Path, capsys: pytest.CaptureFixture[
     assert list(results.glob("runs")) == []
 
 
+def test_a_job_reads_the_artifact_of_the_one_before(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    second = dataclasses.replace(job("b"), options=("--weights={after}/artifact",), after="a")
+    table = tables.Table.read("method", "pattern")
+    assert tables.run_table(table, [second], results / "README.md", str, ["--runs", str(results / "runs")]) == 1
+    assert f"--weights={results / 'runs' / 'a'}/artifact" in commands[0]
+
+
 def test_the_card_holds_the_table_between_its_markers(results: Path) -> None:
     card = results / "README.md"
     card.write_text("before\n<!-- table -->\nold\n<!-- end of table -->\nafter\n")
@@ -116,5 +132,7 @@ def test_jobs_of_every_table_name_configs_that_exist_and_rows_once(name: str) ->
         (one.network, variant, one.target, one.seed, one.sample_seed) for one in found for variant in one.rows.values()
     ]
     assert len(set(keys)) == len(keys)
+    order = [one.name for one in found]
+    assert all(order.index(one.after) < order.index(one.name) for one in found if one.after is not None)
     core = sum(one.minutes for one in found if one.tier == "core")
     assert core <= 10.5 * 60, "a core table takes about ten hours of two cores"

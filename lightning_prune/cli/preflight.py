@@ -85,7 +85,8 @@ def _missing(key: str, value: Any) -> str | None:
         return _missing_weights(value)
     if name == "extractor" and value == "inception" and not cached_file().exists():
         return f"{cached_file()} is missing; lightning_prune prefetch inception"
-    if (name in _FILES or "beside" in folders) and not Path(value).exists():
+    artifact = name == "path" and {"denoiser", "teacher"} & set(folders)
+    if (name in _FILES or "beside" in folders or artifact) and not Path(value).exists():
         return f"{value}: no such file or folder"
     return None
 

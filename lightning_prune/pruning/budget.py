@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, reduce
-
-import numpy as np
+from functools import cache
 
 from lightning_prune.blocks import BlockCosts, BlockGraph, Row
 from lightning_prune.protocols import InputError
+from lightning_prune.pruning.knapsack import choose
 
 Scores = Sequence[Sequence[float]]
-_GRID = 20_000  # cells of the budget axis where costs have no coarser common measure
 _PASSES = 50
 
 
@@ -163,39 +161,9 @@ def _undominated(options: Iterable[_Option]) -> list[_Option]:
 
 def _knapsack(steps: Sequence[Sequence[_Option]], capacity: int) -> list[_Option]:
     """One option a step, of greatest total value at a total cost of at most `capacity`."""
-    unit = _unit(steps, capacity)
-    cells = capacity // unit
-    best = np.zeros(cells + 1)
-    picks: list[np.ndarray] = []
-    for options in steps:
-        after, pick = np.full(cells + 1, -np.inf), np.zeros(cells + 1, dtype=np.int32)
-        for index, option in enumerate(options):
-            size = -(-option.cost // unit)
-            if size > cells:
-                continue
-            candidate = best[: cells + 1 - size] + option.value
-            better = candidate > after[size:]
-            after[size:][better] = candidate[better]
-            pick[size:][better] = index
-        best, picks = after, [*picks, pick]
-    return _walk_back(steps, picks, cells, unit)
-
-
-def _unit(steps: Sequence[Sequence[_Option]], capacity: int) -> int:
-    divisor = reduce(math.gcd, (option.cost for options in steps for option in options), 0)
-    cheapest = sum(min(o.cost for o in options) for options in steps)
-    # Rounding up must leave room for the cheapest choice at every step.
-    slack = max(1, (capacity - cheapest) // max(1, len(steps)))
-    return max(1, divisor, min(capacity // _GRID, slack))
-
-
-def _walk_back(steps: Sequence[Sequence[_Option]], picks: Sequence[np.ndarray], cells: int, unit: int) -> list[_Option]:
-    chosen: list[_Option] = []
-    for options, pick in zip(reversed(steps), reversed(picks), strict=True):
-        option = options[int(pick[cells])]
-        chosen.append(option)
-        cells -= -(-option.cost // unit)
-    return chosen[::-1]
+    costs = [[option.cost for option in options] for options in steps]
+    values = [[option.value for option in options] for options in steps]
+    return [options[index] for options, index in zip(steps, choose(costs, values, capacity), strict=True)]
 
 
 def _runs(positions: tuple[int, ...], blocks: int) -> Row:

@@ -39,13 +39,14 @@ class MaskedLayer(nn.Module):
     """What masked layers share: a pattern and the mask it gives for the current weight.
 
     A frozen mask stays whatever the weight becomes, also when other patterns were in force in between; so does one
-    from scores, such as random or calibrated ones.
+    from scores, such as random ones. One from magnitudes may weigh columns by a scale, such as a calibrated one.
     """
 
     weight: Tensor
     _sparsity: Sparsity | None
     _mask: Tensor | None
     _scores: Tensor | None
+    _scale: Tensor | None
     _frozen: dict[Sparsity, Tensor]
 
     @property
@@ -58,6 +59,11 @@ class MaskedLayer(nn.Module):
         """1 where a weight is kept, in the dtype of the weight; None while dense."""
         return self._mask
 
+    @property
+    def scale(self) -> Tensor | None:
+        """Factors of |W| by column that masks are derived with; None is 1."""
+        return self._scale
+
     def set_sparsity(self, sparsity: Sparsity | None) -> None:
         """Change the pattern in place and derive the mask from the scores, or else the current weight."""
         self._sparsity = None if sparsity is None or sparsity.is_dense else sparsity
@@ -67,6 +73,11 @@ class MaskedLayer(nn.Module):
     def set_scores(self, scores: Tensor | None) -> None:
         """Derive masks from `scores`, of the weight's shape, instead of magnitudes; None goes back to these."""
         self._scores = scores
+        self.refresh_mask()
+
+    def set_scale(self, scale: Tensor | None) -> None:
+        """Derive masks from |W| times `scale` [1, I] or [1, I, kh, kw], one factor a column; None is |W| alone."""
+        self._scale = scale
         self.refresh_mask()
 
     def freeze_mask(self) -> None:
@@ -86,11 +97,14 @@ class MaskedLayer(nn.Module):
             self._mask = mask.to(weight.dtype)
 
     def derived_mask(self, sparsity: Sparsity) -> Tensor:
-        """The boolean mask that a pattern has now: frozen, or from the scores, or else from magnitudes."""
+        """The boolean mask that a pattern has now: frozen, or from the scores, or else from scaled magnitudes."""
         weight = local(self.weight)
         if sparsity in self._frozen:
             return self._frozen[sparsity].to(weight.device)
-        return nm_mask(weight if self._scores is None else self._scores.to(weight.device), sparsity)
+        return nm_mask(self._scaled(weight) if self._scores is None else self._scores.to(weight.device), sparsity)
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        return weight if self._scale is None else weight.detach() * self._scale.to(weight.device)
 
     def effective_weight(self) -> Tensor:
         """The weight this layer computes with; outside a call under FSDP2, this process' rows of it."""
@@ -99,7 +113,7 @@ class MaskedLayer(nn.Module):
             return weight
         mask = self._mask
         if mask is not None and mask.shape != weight.shape and not isinstance(self.weight, DTensor):
-            mask = nm_mask(weight, self._sparsity).to(weight.dtype)
+            mask = nm_mask(self._scaled(weight), self._sparsity).to(weight.dtype)
         elif mask is None or mask.shape != weight.shape or mask.device != weight.device:
             self.refresh_mask()
             mask = self._mask
@@ -207,6 +221,11 @@ class MaskSet:
         """Derive masks from scores by layer instead of from magnitudes."""
         for name, layer in self.layers.items():
             layer.set_scores(scores[name])
+
+    def set_scales(self, scales: Mapping[str, Tensor]) -> None:
+        """Weigh the magnitudes that masks are derived from, by layer and column."""
+        for name, layer in self.layers.items():
+            layer.set_scale(scales[name])
 
     def freeze(self) -> None:
         """Keep all masks of the present pattern as they are."""
@@ -316,7 +335,7 @@ def _convert(network: nn.Module, unit: PrunableUnit) -> MaskedLayer:
         raise InputError(f"layers: {unit.name} is a {type(layer).__name__}; only Linear and Conv2d can be masked")
     layer.__class__ = _MASKED[type(layer)]
     assert isinstance(layer, MaskedLayer)
-    layer._sparsity, layer._mask, layer._scores, layer._frozen = None, None, None, {}
+    layer._sparsity, layer._mask, layer._scores, layer._scale, layer._frozen = None, None, None, None, {}
     return layer
 
 

@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
+
+from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.protocols import Sparsity
+from lightning_prune.pruning.nm import nm_mask, violations
+from tests.factories import DIT_CONFIG
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "sparsedm_dit.yaml"
 
@@ -61,3 +68,37 @@ def test_any_number_of_processes_draws_the_same_files(fitted: Path, tmp_path: Pa
 
 def report(file: Path) -> Any:
     return json.loads(file.read_text())
+
+
+def test_decay_is_added_once_whatever_the_number_of_processes(tmp_path: Path) -> None:
+    """With no loss to speak of, pruned weights shrink by lr * lambda a step and the others stay."""
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5", "--model.optimizer.weight_decay", "0")
+    quiet = ("--model.noise_weight", "1e-30", "--model.distill_weight", "0", "--model.ema_decay", "null")
+    decay = ("--model.decay", "0.2")
+    off = ("--run.wandb", "disabled", "--trainer.callbacks", "null", "--trainer.limit_val_batches", "0")
+    one, two = (
+        torch.load(run("fit", tmp_path, n, *sgd, *quiet, *decay, *off) / "checkpoints" / "last.ckpt", weights_only=True)
+        for n in (1, 2)
+    )
+    assert all(torch.equal(tensor, two["state_dict"][name]) for name, tensor in one["state_dict"].items())
+    name = "denoiser.network.transformer_blocks.0.attn1.to_q.weight"
+    pl.seed_everything(0)
+    start = DiT(config=DIT_CONFIG).network.get_parameter(name.removeprefix("denoiser.network.")).detach()
+    mask = nm_mask(start, Sparsity(2, 4))
+    torch.testing.assert_close(one["state_dict"][name], torch.where(mask, start, start * 0.9**4))
+
+
+def test_two_processes_calibrate_together(tmp_path: Path) -> None:
+    """Patterns, weights and budget hold when statistics come from two processes."""
+    how = ("--model.one_shot", "true", "--model.mask_scores", "obs", "--model.calibration.compensate", "true")
+    once = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2")
+    epoch = ("--trainer.val_check_interval", "null", "--trainer.check_val_every_n_epoch", "1")
+    off = ("--run.wandb", "disabled", "--trainer.callbacks", "null", "--trainer.limit_val_batches", "0")
+    found = run("fit", tmp_path, 2, *how, *once, *epoch, *off, "--model.allocation.budget", "0.6")
+    written = json.loads((found / "artifact" / "allocation.json").read_text())
+    assert 0.5 < written["macs_kept"] <= 0.6
+    checkpoint = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["calibrated"]["patterns"] == written["patterns"]
+    for name, text in written["patterns"].items():
+        weight = checkpoint["state_dict"][f"denoiser.network.{name}.weight"]
+        assert violations(weight, Sparsity.parse(text)) == 0

@@ -1,15 +1,18 @@
 """Dense training from a teacher: what is learned from, what is reported, what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import mse_loss
 
+from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.diffusion.models.unet2d import UNet2D
 from lightning_prune.diffusion.process import Process
 from lightning_prune.methods.dense import Dense
 from lightning_prune.protocols import InputError
-from tests.factories import fit, tiny_dit
+from tests.factories import DIT_CONFIG, UNET_CONFIG, fit, tiny_dit, tiny_unet
 
 PROCESS = Process("cosine", "v")
 BATCH = {"x": torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(3)), "cond": torch.arange(4)}
@@ -49,3 +52,54 @@ def test_a_teacher_of_other_classes_is_refused() -> None:
 def test_a_negative_weight_is_refused() -> None:
     with pytest.raises(InputError, match=r"model\.distill_weight: -1\.0 is negative"):
         Dense(tiny_dit(), PROCESS, teacher=tiny_dit(), distill_weight=-1.0)
+
+
+def teacher_of(layers: int) -> DiT:
+    torch.manual_seed(7)
+    return DiT(config={**DIT_CONFIG, "num_layers": layers})
+
+
+def test_a_small_network_begins_with_the_teachers_blocks() -> None:
+    teacher = teacher_of(4)
+    module = Dense(tiny_dit(seed=1), PROCESS, teacher=teacher, from_teacher=True, teacher_blocks=[0, 2])
+    own, other = module.denoiser.network.state_dict(), teacher.network.state_dict()
+    renamed = {name: name.replace("transformer_blocks.1.", "transformer_blocks.2.") for name in own}
+    assert all(torch.equal(tensor, other[renamed[name]]) for name, tensor in own.items())
+    assert module.inherited == 1.0
+
+
+def test_the_whole_teacher_in_equal_shape_is_the_teacher() -> None:
+    teacher = tiny_dit(seed=0).eval()
+    module = Dense(tiny_dit(seed=1), PROCESS, teacher=teacher, from_teacher=True)
+    x, t = BATCH["x"], torch.full((4,), 500)
+    with torch.no_grad():
+        assert torch.equal(module.denoiser.eval()(x, t, BATCH["cond"]), teacher(x, t, BATCH["cond"]))
+    # Copied, not shared: training the one leaves the other.
+    next(module.denoiser.parameters()).data.add_(1)
+    assert not torch.equal(next(module.denoiser.parameters()), next(teacher.parameters()))
+
+
+def test_a_narrower_unet_takes_over_what_has_its_shape() -> None:
+    narrow = UNet2D(config={**UNET_CONFIG, "block_out_channels": [8, 24]})
+    before = {name: tensor.clone() for name, tensor in narrow.network.state_dict().items()}
+    teacher = tiny_unet()
+    module = Dense(narrow, PROCESS, teacher=teacher, from_teacher=True)
+    assert 0 < module.inherited < 1
+    large = teacher.network.state_dict()
+    for name, tensor in narrow.network.state_dict().items():
+        fits = large[name].shape == tensor.shape
+        assert torch.equal(tensor, large[name] if fits else before[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"from_teacher": True}, r"model\.from_teacher: there is no model\.teacher"),
+        ({"teacher": tiny_dit(), "teacher_blocks": [0, 1]}, r"model\.teacher_blocks: .* only with"),
+        ({"teacher": tiny_dit(), "from_teacher": True, "teacher_blocks": [0]}, r"\[0\]: give 2 numbers"),
+        ({"teacher": tiny_dit(), "from_teacher": True, "teacher_blocks": [0, 2]}, r"one a block, below 2"),
+    ],
+)
+def test_bad_inheritance_names_itself(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Dense(tiny_dit(), PROCESS, **arguments)

@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.variants import Variant
+from lightning_prune.methods.dense.inherit import inherit
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.frozen import Frozen
@@ -20,10 +21,14 @@ class Dense(PruningModule):
     """All weights, no masks: mean squared error to the process' target (Ho et al. 2020, equation 14).
 
     Args:
-        denoiser: the network to train.
+        denoiser: the network to train; `class_path: lightning_prune.load` with a `path` takes that of an artifact, such
+            as one that was cut.
         teacher: a pretrained network whose predictions it learns from as well, to compare pruning with a smaller
             network of equal cost; null is none.
         distill_weight: weight of the teacher's part of the loss.
+        from_teacher: begin with the teacher's tensors wherever name and shape agree, instead of at random.
+        teacher_blocks: with `from_teacher`, the numbers of the teacher's blocks that the network's own begin with, one
+            each, such as [0, 2, 4] for three of six; null takes those of the same name.
     """
 
     shardable = True
@@ -34,14 +39,22 @@ class Dense(PruningModule):
         *args: Any,
         teacher: Denoiser | None = None,
         distill_weight: float = 1.0,
+        from_teacher: bool = False,
+        teacher_blocks: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(denoiser, *args, **kwargs)
+        denoiser.train()  # one that was loaded from an artifact comes in evaluation mode
         if distill_weight < 0:
             raise InputError(f"model.distill_weight: {distill_weight} is negative")
         for what in ("sample_shape", "num_classes") if teacher is not None else ():
             if getattr(teacher, what) != getattr(denoiser, what):
                 raise InputError(f"model.teacher: its {what} {getattr(teacher, what)} is not {getattr(denoiser, what)}")
+        if from_teacher and teacher is None:
+            raise InputError("model.from_teacher: there is no model.teacher to begin with")
+        if teacher_blocks is not None and not from_teacher:
+            raise InputError("model.teacher_blocks: they are taken over only with model.from_teacher: true")
+        self.inherited = inherit(denoiser, teacher, teacher_blocks) if teacher is not None and from_teacher else 0.0
         self._start = Frozen(deepcopy(denoiser)) if denoiser.weights is not None else None
         self._teacher = None if teacher is None else Frozen(teacher)
         self.distill_weight = distill_weight

@@ -16,15 +16,26 @@ from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.variants import Variant
+from lightning_prune.methods.sparsedm.calibrated import Calibrated
+from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
+from lightning_prune.methods.sparsedm.distillation import (
+    Distillation,
+    draw_scales,
+    feature_loss,
+    feature_modules,
+    predict_guided,
+    timestep_weights,
+    watching,
+)
 from lightning_prune.methods.sparsedm.loss import sparsedm_loss
 from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
-from lightning_prune.module import Batch, LrSchedule, PruningModule
+from lightning_prune.module import Batch, LrSchedule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import MaskSet, select_units
 
 
-class SparseDM(PruningModule):
+class SparseDM(Calibrated):
     """Fine-tune under N:M masks with a straight-through gradient and distillation from the dense start.
 
     Args:
@@ -42,8 +53,14 @@ class SparseDM(PruningModule):
         distill_weight: weight of the distillation loss; 0 runs no teacher.
         also: further patterns that the one set of weights learns at the same time, such as ["6:8"]: every step runs the
             dense path, the target and one of these, each distilled from the dense path.
-        mask_scores: what masks are derived from: the magnitude of the weights at every step; "random" and "position"
-            are fixed and serve as floors.
+        distillation: what is distilled besides plain predictions, and at which timesteps.
+        mask_scores: what masks are derived from at every step: the magnitude of the weights; "wanda" and "obs" scale it
+            by what the inputs of each column were on calibration batches; "random" and "position" are fixed and serve
+            as floors.
+        calibration: how statistics are taken, for "wanda", "obs" and `allocation`, and whether weights are refitted.
+        one_shot: train nothing: the run's batches calibrate, and the network is pruned after the last one. Set
+            `trainer.max_epochs: 1` and `trainer.limit_train_batches`.
+        allocation: patterns by layer under a budget of MACs, in place of `sparsity` for all.
         freeze_masks_at: fraction of the steps from which masks no longer follow the weights, and pruned weights rest:
             0 is ASP's retraining, 0.85 a late freeze; null is never.
         lr_schedule: shape of the learning rate after the warm-up.
@@ -68,7 +85,11 @@ class SparseDM(PruningModule):
         noise_weight: float = 1.0,
         distill_weight: float = 0.1,
         also: list[str] | None = None,
+        distillation: Distillation = Distillation(),  # noqa: B008 - frozen
         mask_scores: MaskScores = "magnitude",
+        calibration: Calibration = Calibration(),  # noqa: B008 - frozen
+        one_shot: bool = False,
+        allocation: Allocation | None = None,
         freeze_masks_at: float | None = None,
         lr_schedule: LrSchedule = "constant",
         warmup_steps: int = 0,
@@ -77,9 +98,11 @@ class SparseDM(PruningModule):
         seed: int | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(
-            denoiser, process, optimizer, lr_schedule, warmup_steps, ema_decay, label_dropout, seed, compile
-        )
+        average = None if one_shot else ema_decay
+        super().__init__(denoiser, process, optimizer, lr_schedule, warmup_steps, average, label_dropout, seed, compile)
+        self.mask_scores, self.calibration, self.allocation = mask_scores, calibration, allocation
+        self.one_shot = one_shot
+        self.automatic_optimization = not one_shot
         for name, weight in (("noise_weight", noise_weight), ("distill_weight", distill_weight), ("decay", decay)):
             if weight < 0:
                 raise InputError(f"model.{name}: {weight} is negative")
@@ -87,50 +110,111 @@ class SparseDM(PruningModule):
             raise InputError("model.noise_weight and model.distill_weight are both 0: there is nothing to learn from")
         if freeze_masks_at is not None and not 0 <= freeze_masks_at < 1:
             raise InputError(f"model.freeze_masks_at: {freeze_masks_at} is not in [0, 1)")
+        if one_shot and freeze_masks_at is not None:
+            raise InputError("model.freeze_masks_at: with model.one_shot nothing is trained")
+        if distillation.features > 0 and compile:
+            raise InputError("model.compile: outputs of blocks cannot be matched in a compiled network")
+        if distill_weight == 0 and distillation != Distillation():
+            raise InputError("model.distillation: model.distill_weight is 0, so nothing is distilled")
+        if also and (distillation.features > 0 or distillation.guidance is not None or allocation is not None):
+            raise InputError("model.also: several patterns have no allocation, features or guidance yet")
         self.target_sparsity = Sparsity.parse(sparsity)
         self.also = check_also([Sparsity.parse(pattern) for pattern in also or []], self.target_sparsity)
-        self.freeze_masks_at, self.mask_scores = freeze_masks_at, mask_scores
+        self.freeze_masks_at = freeze_masks_at
         self.decay, self.noise_weight, self.distill_weight = decay, noise_weight, distill_weight
+        self.distillation = distillation
+        self._features = feature_modules(denoiser, distillation.blocks) if distillation.features > 0 else []
         self._dense = Frozen(deepcopy(denoiser))
         exclude = denoiser.default_dense() if dense_layers is None else dense_layers
         self._units = select_units(denoiser.anatomy(), layers, exclude, self.target_sparsity.m)
-        self.masks = MaskSet(denoiser.network, self._units, self._pattern)
+        self.masks = MaskSet(denoiser.network, self._units, self.pattern)
         if (scores := fixed_scores(mask_scores, self.masks.layers, self.seed)) is not None:
             self.masks.set_scores(scores)
-        self._now: Sparsity | None = self._pattern
+        if self.pattern is None and (self.is_calibrated or one_shot):
+            raise InputError(f"model.sparsity: {self.target_sparsity} is dense, so there is nothing to calibrate for")
+        self._now: Sparsity | None = self.pattern
         self._flips: dict[str, float] = {}
 
     @property
-    def _pattern(self) -> Sparsity | None:
+    def pattern(self) -> Sparsity | None:
         """The pattern to reach; None for n == m, the dense control."""
         return None if self.target_sparsity.is_dense else self.target_sparsity
+
+    @property
+    def target(self) -> str:
+        """What is aimed at, in words."""
+        if self.allocation is not None:
+            return f"{self.allocation.budget:g} of MACs"
+        return str(self.target_sparsity)
+
+    @property
+    def result_name(self) -> str:
+        """Row name of the result."""
+        calibrated = "calibrated " if self.is_calibrated else ""
+        return f"{calibrated}one-shot at {self.target}" if self.one_shot else f"sparsedm {self.target}"
 
     # Training
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x_t, t, cond, target = self.diffuse(batch, generator)
+        weights = self._distill_weights(t)
+        if self.also and self.training:
+            return self._loss_of_several(x_t, t, cond, target, weights, generator)
+        if self.distill_weight == 0:
+            return sparsedm_loss(self.denoise(x_t, t, cond), target, None, self.noise_weight, 0.0)
+        scale = None
+        if self.distillation.guidance is not None:
+            scale = draw_scales(self.distillation.guidance, len(x_t), generator, x_t)
+        names = self._features if self.training else []
+        dense = self._dense.on(self.device)
+        with watching(dense.network, names) as wanted, torch.no_grad():
+            _, teacher = self._predictions(dense, dense, x_t, t, cond, scale)
+        with watching(self.denoiser.network, names) as given:
+            student, matched = self._predictions(self.denoise, self.denoiser, x_t, t, cond, scale)
+        total, parts = sparsedm_loss(student, target, teacher, self.noise_weight, self.distill_weight, weights, matched)
+        if names:
+            features = feature_loss(given, wanted)
+            total, parts["feature_loss"] = total + self.distillation.features * features, features.detach()
+        return total, parts
+
+    def _predictions(
+        self, predict: Any, family: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The prediction, and what distillation compares: the same, or the guided one at `scale`."""
+        if scale is not None:
+            return predict_guided(predict, family, x_t, t, cond, scale)
+        prediction: Tensor = predict(x_t, t, cond)
+        return prediction, prediction
+
+    def _distill_weights(self, t: Tensor) -> Tensor | None:
+        """Weights [B] of the distillation term at timesteps `t` [B]; None is 1."""
+        if self.distillation.weighting == "uniform":
+            return None
+        return timestep_weights(self.process, self.distillation.weighting, self.distillation.snr_cap, t)
+
+    def sample_weights(self, t: Tensor) -> Tensor:
+        """Weight of each sample [B] in the loss at timesteps `t` [B], noise prediction and distillation together."""
+        settings = self.distillation
+        weights = timestep_weights(self.process, settings.weighting, settings.snr_cap, t)
+        return self.noise_weight + self.distill_weight * weights
+
+    def _loss_of_several(
+        self, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor, sampled: Tensor | None, generator: Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The dense path against target and teacher; the target's pattern and one further against the dense path."""
         teacher = None
         if self.distill_weight > 0:
             with torch.no_grad():
                 teacher = self._dense.on(self.device)(x_t, t, cond)
-        if self.also and self.training:
-            return self._loss_of_several(x_t, t, cond, target, teacher, generator)
-        student = self.denoise(x_t, t, cond)
-        return sparsedm_loss(student, target, teacher, self.noise_weight, self.distill_weight)
-
-    def _loss_of_several(
-        self, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor, teacher: Tensor | None, generator: Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The dense path against target and teacher; the target's pattern and one further against the dense path."""
-        weights = self.noise_weight, self.distill_weight
         self.masks.set_sparsity(None)
         dense = self.denoise(x_t, t, cond)
-        total, values = sparsedm_loss(dense, target, teacher, *weights)
+        total, values = sparsedm_loss(dense, target, teacher, self.noise_weight, self.distill_weight, sampled)
         drawn = int(torch.randint(len(self.also), (1,), generator=generator, device=generator.device))
         for pattern in (self.also[drawn], self._now):
             self.masks.set_sparsity(pattern)
             student = self.denoise(x_t, t, cond)
-            loss, parts = sparsedm_loss(student, target, dense.detach(), self.noise_weight, self.distill_weight or 1.0)
+            strength = self.distill_weight or 1.0
+            loss, parts = sparsedm_loss(student, target, dense.detach(), self.noise_weight, strength, sampled)
             total = total + loss
         return total / 3, {f"dense_{name}": value for name, value in values.items()} | parts
 
@@ -157,11 +241,15 @@ class SparseDM(PruningModule):
             self.log_dict({f"flip_rate/{name}": value for name, value in self._flips.items()})
             self._flips = {}
 
+    # Checkpoints
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         if self.freeze_masks_at is not None:
             checkpoint["frozen_masks"] = self.masks.frozen_masks()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         if "frozen_masks" in checkpoint:
             self.masks.restore(checkpoint["frozen_masks"])
 
@@ -172,6 +260,7 @@ class SparseDM(PruningModule):
                 "model.optimizer: with fused: true and trainer.precision 16-mixed the optimizer unscales inside its "
                 "step and divides the decay away; use bf16-mixed, fused: false or decay: 0"
             )
+        super().on_fit_start()
 
     def weights_changed(self) -> None:
         if self._is_logged_step():
@@ -188,19 +277,26 @@ class SparseDM(PruningModule):
     # Planned
 
     def planned(self) -> Plan:
-        """Masks of the target on every chosen layer; a network on the meta device will do."""
-        patterns = {} if self._pattern is None else dict.fromkeys(self.masks.layers, self._pattern)
+        """Masks of the target on every chosen layer; a network on the meta device will do.
+
+        Patterns by layer are known only after calibration; until then the budget stands for what they keep.
+        """
+        patterns = {} if self.pattern is None else dict.fromkeys(self.masks.layers, self.pattern)
         zeros = sum(self.masks.layers[name].weight.numel() * s.fraction for name, s in patterns.items())
+        parameters = round(sum(p.numel() for p in self.denoiser.parameters()) - zeros)
+        kept = float(self.ledger().kept_share(patterns))
         return Plan(
             axis="weights",
-            target=str(self.target_sparsity),
+            target=self.target,
             touched=tuple(self.masks.layers),
-            macs_kept=float(self.ledger().kept_share(patterns)),
-            parameters_kept=round(sum(p.numel() for p in self.denoiser.parameters()) - zeros),
+            macs_kept=kept if self.allocation is None else self.allocation.budget,
+            parameters_kept=parameters if self.allocation is None else None,
             holds_teacher=self.distill_weight > 0,
         )
 
     def shard(self, mesh: Any) -> None:
+        if self.is_calibrated or self.one_shot:
+            raise InputError("model.calibration: weights and masks from statistics cannot be sharded yet; use DDP")
         if self.freeze_masks_at is not None or self.mask_scores != "magnitude":
             key = "mask_scores" if self.freeze_masks_at is None else "freeze_masks_at"
             raise InputError(f"model.{key}: masks that do not follow the weights cannot be sharded; use DDP")
@@ -209,8 +305,12 @@ class SparseDM(PruningModule):
     # SparsityControl
 
     def set_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
-        """Change the pattern of every masked layer, or by regular expressions over names, in place; None is dense."""
-        self.masks.set_sparsity(sparsity)
+        """Change the pattern of every masked layer, or by regular expressions over names, in place; None is dense.
+
+        Where patterns were allocated, the target stands for them, and on the way there no layer gets a sparser one
+        than its own.
+        """
+        self.masks.set_sparsity(self.allotted(sparsity))
         if not isinstance(sparsity, Mapping):
             self._now = sparsity
 
@@ -225,7 +325,7 @@ class SparseDM(PruningModule):
     def variants(self) -> dict[str, Variant]:
         """The dense start, the same under one-shot magnitude masks, and the result."""
         dense = self._dense.on(self.device)
-        if self._pattern is None:
+        if self.pattern is None:
             return {"dense": Variant(dense), "dense fine-tuned": Variant(self.whole_denoiser())}
         one_shot = deepcopy(dense)
         MaskSet(one_shot.network, self._units, self.target_sparsity)
@@ -233,7 +333,7 @@ class SparseDM(PruningModule):
         networks = {"dense": dense, f"one-shot {target}": one_shot}
         whole = self.whole_denoiser()
         networks |= {f"sparsedm at {name}": self._under(pattern, whole) for name, pattern in self._further()}
-        networks[f"sparsedm {target}"] = whole
+        networks[self.result_name] = whole
         return {name: Variant(network) for name, network in networks.items()}
 
     def _further(self) -> list[tuple[str, Sparsity | None]]:

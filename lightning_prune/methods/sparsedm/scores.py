@@ -11,16 +11,17 @@ from torch import Tensor
 from lightning_prune.pruning.masks import MaskedLayer
 from lightning_prune.seeds import derive
 
-MaskScores = Literal["magnitude", "random", "position"]
+MaskScores = Literal["magnitude", "wanda", "obs", "random", "position"]
+CALIBRATED = ("wanda", "obs")
 
 
 def fixed_scores(kind: MaskScores, layers: Mapping[str, MaskedLayer], seed: int) -> dict[str, Tensor] | None:
-    """Scores by layer that do not follow the weights; None for magnitudes, which do.
+    """Scores by layer that do not follow the weights; None for magnitudes, scaled by calibration or not, which do.
 
     "random" draws them once from `seed`; "position" keeps the last n of every m, the fixed pattern of the published
     code. Both are floors that any way of choosing must beat.
     """
-    if kind == "magnitude":
+    if kind == "magnitude" or kind in CALIBRATED:
         return None
     if kind == "position":
         return {name: _positions(layer.weight) for name, layer in layers.items()}

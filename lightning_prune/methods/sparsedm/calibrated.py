@@ -1,0 +1,190 @@
+"""The part of SparseDM that calibrates: batches become statistics, statistics masks, patterns and weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from lightning_prune.diffusion.conditions import move
+from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration, Statistics
+from lightning_prune.methods.sparsedm.scores import CALIBRATED, MaskScores
+from lightning_prune.module import Batch, PruningModule
+from lightning_prune.protocols import InputError, Sparsity
+from lightning_prune.pruning.masks import MaskSet
+
+Patterns = Sparsity | None | Mapping[str, Sparsity | None]
+
+
+class Calibrated(PruningModule):
+    """Calibration ahead of training, or in place of it.
+
+    The attributes below are the method's to set.
+    """
+
+    masks: MaskSet
+    mask_scores: MaskScores
+    calibration: Calibration
+    allocation: Allocation | None
+    one_shot: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._patterns: dict[str, Sparsity] = {}
+        self._statistics: Statistics | None = None
+        self._seen: dict[str, Any] | None = None
+        self._ready = False
+
+    @property
+    @abstractmethod
+    def pattern(self) -> Sparsity | None:
+        """The pattern to reach."""
+
+    @abstractmethod
+    def sample_weights(self, t: Tensor) -> Tensor:
+        """Weight of each sample [B] in the loss at timesteps `t` [B]."""
+
+    @abstractmethod
+    def set_sparsity(self, sparsity: Patterns) -> None:
+        """Change the pattern in place."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether masks, patterns or weights come from statistics."""
+        return self.mask_scores in CALIBRATED or self.calibration.compensate or self.allocation is not None
+
+    def allotted(self, sparsity: Patterns) -> Patterns:
+        """What a pattern means for each layer where patterns were allocated: the target stands for them.
+
+        On the way there no layer gets a sparser one than its own.
+        """
+        if not self._patterns or not isinstance(sparsity, Sparsity):
+            return sparsity
+        chosen = self._patterns
+        if sparsity != self.pattern:
+            chosen = {name: max(sparsity, own, key=lambda s: s.density) for name, own in chosen.items()}
+        return {re.escape(name): pattern for name, pattern in chosen.items()}
+
+    # Moments of a run
+
+    def on_fit_start(self) -> None:
+        if self.one_shot and self.trainer.max_epochs != 1:
+            raise InputError("model.one_shot: sees the data once; set trainer.max_epochs: 1 and limit_train_batches")
+        if self.is_calibrated and not self._ready and not self.one_shot:
+            self._calibrate()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+        if not self.one_shot:
+            return super().training_step(batch, batch_idx)
+        self._see(batch, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        self.log("samples", float(len(batch["x"])))
+        return None
+
+    def configure_optimizers(self) -> Any:
+        """None where nothing is trained."""
+        return ([], []) if self.one_shot else super().configure_optimizers()
+
+    def _see(self, batch: Batch, index: int) -> None:
+        """Add a batch to the statistics, noised and weighted as the loss would."""
+        if self._statistics is None:
+            self._statistics = self._begin()
+        x_t, t, cond, _ = self.diffuse(batch, self.step_generator(5, index))
+        self._statistics.see(x_t, t, cond, self.sample_weights(t))
+
+    def _begin(self) -> Statistics:
+        """Statistics of nothing yet, or of what an interrupted run had seen."""
+        folder = Path(self.trainer.default_root_dir)
+        statistics = Statistics(self.denoiser, self.masks, self.mask_scores, self.calibration, folder)
+        if self._seen is not None:
+            # Summed over processes when they were saved, so they stay with one of them.
+            statistics.load(self._seen, self.global_rank == 0)
+        self._seen = None
+        return statistics
+
+    def _calibrate(self) -> None:
+        """Look at batches of a loader of its own, so that the run's is not moved on."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is None:
+            raise InputError("data: calibration needs a data module")
+        loader = iter(datamodule.train_dataloader())
+        for index in range(self.calibration.batches):
+            batch = next(loader, None)
+            if batch is None:
+                break
+            self._see({**batch, "x": batch["x"].to(self.device), "cond": move(batch["cond"], self.device)}, index)
+        self._prune()
+
+    def _prune(self) -> None:
+        """From statistics to masks, patterns and weights; all processes call it together."""
+        statistics, self._statistics = self._statistics or self._begin(), None
+        statistics.sum_over(self._summed)
+        if scales := statistics.scales():
+            self.masks.set_scales(scales)
+        if self.allocation is not None:
+            ledger = self.ledger()
+            self._patterns, _ = statistics.allocate(self.allocation, ledger.by_layer(), ledger.macs(), self._averaged)
+        self.set_sparsity(self.pattern)
+        if self.calibration.compensate:
+            lost = statistics.compensate()
+            self._say(f"calibration: {len(lost)} layers refitted, {sum(lost.values()) / len(lost):.4f} of output lost")
+        if self.allocation is not None:
+            kept = self.kept_fraction()["aten"]
+            self._say(f"allocation: {kept:.4f} of MACs kept, budget {self.allocation.budget:g}")
+        self._ready = True
+        self.weights_changed()
+
+    def _say(self, text: str) -> None:
+        if self.trainer.is_global_zero:
+            Console().print(text, highlight=False)
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, on each of them."""
+        if self.trainer.world_size == 1:
+            return tensor.clone()
+        total: Tensor = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
+        return total.cpu()
+
+    def _averaged(self, tensor: Tensor) -> Tensor:
+        return self._summed(tensor) / self.trainer.world_size
+
+    def on_train_epoch_end(self) -> None:
+        # Before the checkpoint at the end of the epoch, which holds the result.
+        if self.one_shot and not self._ready:
+            self._prune()
+
+    def artifact_files(self) -> dict[str, str]:
+        """The pattern of every layer, where they were allocated."""
+        if self.allocation is None:
+            return {}
+        content = {
+            "budget": self.allocation.budget,
+            "macs_kept": self.kept_fraction()["aten"],
+            "patterns": {name: str(pattern) for name, pattern in self._patterns.items()},
+        }
+        return {"allocation.json": json.dumps(content, indent=2) + "\n"}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._ready:
+            checkpoint["calibrated"] = {
+                "scales": {name: layer.scale for name, layer in self.masks.layers.items() if layer.scale is not None},
+                "patterns": {name: str(pattern) for name, pattern in self._patterns.items()},
+            }
+        elif self._statistics is not None:
+            checkpoint["statistics"] = self._statistics.state(self._summed)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._seen = checkpoint.get("statistics")
+        if (calibrated := checkpoint.get("calibrated")) is not None:
+            for name, scale in calibrated["scales"].items():
+                self.masks.layers[name].set_scale(scale)
+            self._patterns = {name: Sparsity.parse(text) for name, text in calibrated["patterns"].items()}
+            self.set_sparsity(self.pattern)
+            self._ready = True

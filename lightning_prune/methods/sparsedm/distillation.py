@@ -12,9 +12,9 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
 from lightning_prune.diffusion.conditions import Condition, stack
-from lightning_prune.diffusion.gating import flatten
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.recall import flatten
 from lightning_prune.metrics.reach import graphs
 from lightning_prune.protocols import InputError
 

@@ -25,17 +25,21 @@ SAMPLER = Sampler(steps=4)
 
 @pytest.fixture
 def pipeline() -> Any:
+    return make_pipeline(PROCESS)
+
+
+def make_pipeline(process: Process) -> Any:
     torch.manual_seed(0)
     denoiser = UNet2D(config=UNET_CONFIG | {"num_class_embeds": None}).eval()
-    scheduler = DDIMScheduler(**PROCESS.scheduler_config, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(**process.scheduler_config, timestep_spacing="trailing")
     found = DDIMPipeline(unet=denoiser.network, scheduler=scheduler)
     found.set_progress_bar_config(disable=True)
     return found, denoiser
 
 
-def write(denoiser: UNet2D, folder: Path, gates: Any) -> Path:
-    schedule = GateSchedule.of(denoiser.blocks("coarse"), "output", gates)
-    config = solver_config(SAMPLER, PROCESS)
+def write(denoiser: UNet2D, folder: Path, gates: Any, process: Process = PROCESS, reuse: Any = "last") -> Path:
+    schedule = GateSchedule.of(denoiser.blocks("coarse"), "output", gates, reuse)
+    config = solver_config(SAMPLER, process)
     mark = fingerprint(denoiser, config, 4, 1.0)
     file = folder / "gates.json"
     file.write_text(GateFile(schedule, mark, config, 1.0, 0.7, {"aten": 0.6}).text())
@@ -50,13 +54,16 @@ def draw(pipeline: Any, steps: int = 4) -> Any:
 GATES = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 1, 1]]
 
 
-def test_a_pipeline_under_gates_gives_what_the_denoiser_gives(pipeline: Any, tmp_path: Path) -> None:
-    pipe, denoiser = pipeline
-    file = write(denoiser, tmp_path, GATES)
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_pipeline_under_gates_gives_what_the_denoiser_gives(prediction: Any, reuse: Any, tmp_path: Path) -> None:
+    process = Process("linear", prediction, clip_sample=False)
+    pipe, denoiser = make_pipeline(process)
+    file = write(denoiser, tmp_path, GATES, process, reuse)
     before = draw(pipe)
-    pruned: Any = gated(denoiser, GateSchedule.of(denoiser.blocks("coarse"), "output", GATES))
+    pruned: Any = gated(denoiser, GateSchedule.of(denoiser.blocks("coarse"), "output", GATES, reuse), process)
     noise = torch.randn((2, 1, 32, 32), generator=torch.Generator().manual_seed(3))
-    ours = integrate(pruned, PROCESS, noise, torch.zeros(2), SAMPLER, lambda index: pruned.at_step(index, 4))
+    ours = integrate(pruned, process, noise, torch.zeros(2), SAMPLER, lambda index: pruned.at_step(index, 4))
     enable_gates(pipe, file)
     images = draw(pipe)
     expected = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()

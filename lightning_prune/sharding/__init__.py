@@ -3,5 +3,6 @@
 from lightning_prune.sharding.average import ShardedAverage
 from lightning_prune.sharding.refusals import check_network, check_strategy
 from lightning_prune.sharding.strategy import FSDP2
+from lightning_prune.sharding.zero import ZeRO, check_optimizer
 
-__all__ = ["FSDP2", "ShardedAverage", "check_network", "check_strategy"]
+__all__ = ["FSDP2", "ShardedAverage", "ZeRO", "check_network", "check_optimizer", "check_strategy"]

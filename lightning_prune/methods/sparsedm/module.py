@@ -22,6 +22,7 @@ from lightning_prune.module import Batch, LrSchedule, PruningModule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import MaskSet, select_units
+from lightning_prune.sharding import ZeRO
 
 
 class SparseDM(PruningModule):
@@ -99,6 +100,7 @@ class SparseDM(PruningModule):
             self.masks.set_scores(scores)
         self._now: Sparsity | None = self._pattern
         self._flips: dict[str, float] = {}
+        self._decays_by_loss = False
 
     @property
     def _pattern(self) -> Sparsity | None:
@@ -117,6 +119,18 @@ class SparseDM(PruningModule):
             return self._loss_of_several(x_t, t, cond, target, teacher, generator)
         student = self.denoise(x_t, t, cond)
         return sparsedm_loss(student, target, teacher, self.noise_weight, self.distill_weight)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.decay * self.masks.collected_decay() if self._decays_by_loss else loss
+
+    def setup(self, stage: str) -> None:
+        # DeepSpeed keeps gradients where no hook sees them; the same gradient comes through a term of the loss.
+        self._decays_by_loss = self.decay > 0 and isinstance(self.trainer.strategy, ZeRO)
+        if self._decays_by_loss:
+            self.masks.collect_decay()
+        if self.freeze_masks_at is not None and isinstance(self.trainer.strategy, ZeRO):
+            raise InputError("model.freeze_masks_at: gradients are out of reach under DeepSpeed; use DDP")
 
     def _loss_of_several(
         self, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor, teacher: Tensor | None, generator: Generator
@@ -140,7 +154,7 @@ class SparseDM(PruningModule):
         # inside its own step is refused at the start.
         if self.masks.frozen:
             self.masks.mask_gradients()
-        elif self.decay > 0:
+        elif self.decay > 0 and not self._decays_by_loss:
             self.masks.add_decay(self.decay)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

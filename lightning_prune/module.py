@@ -27,7 +27,7 @@ from lightning_prune.protocols import InputError, Plan, ResultHook
 from lightning_prune.pruning.frozen import Frozen, Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
-from lightning_prune.sharding import FSDP2, ShardedAverage, ZeRO, check_network, check_optimizer, check_strategy
+from lightning_prune.sharding import FSDP2, ShardedAverage, ZeRO, check_optimizer, check_strategy
 from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
 Batch = Mapping[str, Any]
@@ -189,8 +189,6 @@ class PruningModule(pl.LightningModule):
 
         Without a mesh another engine spreads it after this.
         """
-        if mesh is not None:
-            check_network(self.denoiser.network)
         with entries(self.denoiser.network) as entered:
             self._ledger = count_denoiser(self.denoiser)  # it traces a call, which is another one once sharded
         self._structure = Frozen(skeleton(self.denoiser))

@@ -5,8 +5,8 @@ the untouched network. The mask acts in the forward pass alone, so it holds unde
 and what is trained, averaged and saved is the dense shadow weight.
 
 Under FSDP2 a weight is spread over processes by rows between calls, and whole within one. Groups lie within rows, so
-each process keeps the mask of its own rows, and a call derives that of the whole weight, the same row by row. DeepSpeed's
-stage 3 spreads weights in pieces that end anywhere: there no mask is kept, and every call derives its own.
+each process keeps the mask of its own rows, and a call derives that of the whole weight, the same row by row. Stage 3 of
+DeepSpeed spreads weights in pieces that end anywhere: there no mask is kept, and every call derives its own.
 """
 
 from __future__ import annotations
@@ -278,7 +278,10 @@ class MaskSet:
         """Fraction of non-zero effective weights by layer; all processes call it together."""
         counts = torch.tensor([int((layer.effective_weight() != 0).sum()) for layer in self.layers.values()])
         totals = self._over_shards(counts).tolist()
-        return {n: total / shape(layer.weight).numel() for (n, layer), total in zip(self.layers.items(), totals, strict=True)}
+        return {
+            n: total / shape(layer.weight).numel()
+            for (n, layer), total in zip(self.layers.items(), totals, strict=True)
+        }
 
     @torch.no_grad()
     def violations(self, compare: bool = False) -> int:
@@ -305,7 +308,7 @@ class MaskSet:
             layer._collects_decay = True
 
     def collected_decay(self) -> Tensor | float:
-        """1/2 |(1 - m) * W|^2, summed over the layers called since this was last asked; of each its last call counts."""
+        """1/2 |(1 - m) * W|^2, summed over layers called since this was last asked; of each the last call counts."""
         total: Tensor | float = 0.0
         for layer in self.layers.values():
             total, layer._decay = total if layer._decay is None else total + layer._decay, None

@@ -1,7 +1,7 @@
 """Parameters that are spread over processes: the part that is here, and all of it.
 
-Two engines spread them. FSDP2's are tensors of rows (`DTensor`). DeepSpeed's stage 3 keeps plain parameters that are empty
-between calls of their layer, and beside each, as `ds_tensor`, an equal piece of its flattened and padded values.
+Two engines spread them. FSDP2's are tensors of rows (`DTensor`). DeepSpeed's stage 3 keeps plain parameters that are
+empty between calls of their layer, and beside each, as `ds_tensor`, an equal piece of its flattened and padded values.
 """
 
 from __future__ import annotations

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
 
 from lightning_prune.protocols import InputError
 from lightning_prune.sharding.strategy import FSDP2
 from lightning_prune.sharding.zero import ZeRO
-
-_FEW = 2
 
 
 def check_strategy(
@@ -46,13 +43,3 @@ def check_strategy(
             f"trainer.precision: {precision} under DeepSpeed rounds the weights themselves, which masks and averages "
             "are made of; write 32-true, or strategy fsdp2"
         )
-
-
-def check_network(network: nn.Module) -> None:
-    """Refuse networks of convolutions, whose masks do not hold under FSDP2 yet. A transformer has one or two.
-
-    Raises:
-        InputError: naming the network.
-    """
-    if sum(isinstance(layer, nn.Conv2d) for layer in network.modules()) > _FEW:
-        raise InputError(f"trainer.strategy: fsdp2 is for transformers, not {type(network).__name__}; write ddp")

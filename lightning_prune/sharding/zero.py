@@ -49,9 +49,9 @@ class ZeRO(DeepSpeedStrategy):
             module.shard(None)
         super().setup(trainer)
 
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         # Both Lightning and DeepSpeed would divide by the batches accumulated.
-        super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     # One file: all processes gather, the first one writes
 
@@ -149,7 +149,9 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """
     name = type(optimizer).__name__
     if name not in ELEMENTWISE or not type(optimizer).__module__.startswith("torch.optim"):
-        raise InputError(f"model.optimizer: {name} under DeepSpeed would step on flattened pieces; write AdamW or fsdp2")
+        raise InputError(
+            f"model.optimizer: {name} under DeepSpeed would step on flattened pieces; write AdamW or fsdp2"
+        )
     if len(optimizer.param_groups) != 1:
         raise InputError(f"model.optimizer: {name} has several groups of parameters; under DeepSpeed write one")
 

@@ -5,8 +5,8 @@ the untouched network. The mask acts in the forward pass alone, so it holds unde
 and what is trained, averaged and saved is the dense shadow weight.
 
 Under FSDP2 a weight is spread over processes by rows between calls, and whole within one. Groups lie within rows, so
-each process keeps the mask of its own rows, and a call derives that of the whole weight, the same row by row. Stage 3 of
-DeepSpeed spreads weights in pieces that end anywhere: there no mask is kept, and every call derives its own.
+each process keeps the mask of its own rows, and a call derives that of the whole weight, the same row by row. Stage 3
+of DeepSpeed spreads weights in pieces that end anywhere: there no mask is kept, and every call derives its own.
 """
 
 from __future__ import annotations

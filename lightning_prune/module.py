@@ -63,8 +63,8 @@ class PruningModule(pl.LightningModule):
         compile: run the training forward through torch.compile.
     """
 
-    shardable: ClassVar[bool] = False
-    """Whether the method can be trained while its network is spread over processes (FSDP2, DeepSpeed)."""
+    whole_for: ClassVar[str | None] = "for what it does with it"
+    """What the method needs its network in one piece for; None if processes may share it (FSDP2, DeepSpeed)."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class PruningModule(pl.LightningModule):
         # The first hook of a run, before processes wait for each other.
         fitting, strategy = self.trainer.state.fn == TrainerFn.FITTING, self.trainer.strategy
         precision = str(self.trainer.precision)
-        check_strategy(strategy, type(self).__name__, self.shardable, self.compile_training, fitting, precision)
+        check_strategy(strategy, type(self).__name__, self.whole_for, self.compile_training, fitting, precision)
         # Added behind the user's callbacks: those that evaluate at the end of a validation epoch run before this
         # one swaps the averaged weights out again. Masks are derived from weights, so buffers are not averaged.
         if self.ema_decay is None or not fitting:

@@ -46,21 +46,21 @@ def test_a_strategy_parses_on_top_of_a_config(file: Path, capsys: pytest.Capture
         (FSDPStrategy, {}, "FSDPStrategy"),
         (ModelParallelStrategy, {}, "write fsdp2"),
         (DeepSpeedStrategy, {}, "DeepSpeedStrategy saves folders"),
-        (ZeRO, {"sharded": False}, "Method needs its network in one piece"),
+        (ZeRO, {"whole_for": "to cut"}, "Method needs its network in one piece to cut; write ddp"),
         (ZeRO, {"compiled": True}, r"model\.compile"),
         (ZeRO, {"fitting": False}, "write ddp to evaluate"),
         (ZeRO, {"precision": "bf16-mixed"}, r"trainer\.precision: bf16-mixed"),
         (ZeRO, {}, None),
-        (FSDP2, {"sharded": False}, "Method needs its network in one piece"),
+        (FSDP2, {"whole_for": "to cut"}, "Method needs its network in one piece to cut; write ddp"),
         (FSDP2, {"compiled": True}, r"model\.compile"),
-        (DDPStrategy, {"sharded": False, "compiled": True}, None),
-        (SingleDeviceStrategy, {"sharded": False}, None),
+        (DDPStrategy, {"whole_for": "to cut", "compiled": True}, None),
+        (SingleDeviceStrategy, {"whole_for": "to cut"}, None),
         (FSDP2, {}, None),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(cls: type[Strategy], settings: dict[str, Any], named: str | None) -> None:
     strategy = cls.__new__(cls)  # DeepSpeed's constructor wants DeepSpeed
-    given = {"sharded": True, "compiled": False, **settings}
+    given: dict[str, Any] = {"whole_for": None, "compiled": False, "fitting": True, "precision": "32-true", **settings}
     if named is None:
         check_strategy(strategy, "Method", **given)
     else:
@@ -82,6 +82,25 @@ def test_a_skeleton_has_structure_and_buffers_but_no_weights() -> None:
     assert not any(p.is_meta for p in module.denoiser.parameters())
     assert not any(b.is_meta for b in copy.buffers())
     assert [type(m) for m in copy.modules()] == [type(m) for m in module.denoiser.modules()]
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ("dipgo_dit", "DiPGO needs its network in one piece to call its blocks"),
+        ("dipgo_rule", "GateRule needs its network in one piece to call its blocks"),
+        ("mosaicdiff_dit", "MosaicDiff needs its network in one piece to cut units"),
+    ],
+)
+def test_methods_that_need_the_whole_network_say_what_for(
+    config: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", "--config", str(CONFIGS / "smoke" / f"{config}.yaml"), "--run.root", str(tmp_path / "runs")]
+    assert main([*command, "--trainer.strategy", "fsdp2"]) == 2
+    said = capsys.readouterr().err
+    assert "trainer.strategy: FSDP2" in said
+    assert named in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_network_in_one_piece_has_the_masks_of_the_weights_now() -> None:

@@ -10,14 +10,14 @@ from lightning_prune.sharding.zero import ZeRO
 
 
 def check_strategy(
-    strategy: Strategy, method: str, sharded: bool, compiled: bool, fitting: bool = True, precision: str = "32-true"
+    strategy: Strategy, method: str, whole_for: str | None, compiled: bool, fitting: bool, precision: str
 ) -> None:
     """Refuse a strategy that would train something else than was asked for, or hang.
 
     Args:
         strategy: the trainer's.
         method: name of the method's class.
-        sharded: whether the method can be trained while its network is spread over processes.
+        whole_for: what the method needs its network in one piece for; None if it can be spread over processes.
         compiled: whether the training forward is compiled.
         fitting: whether the run trains.
         precision: the trainer's.
@@ -32,8 +32,8 @@ def check_strategy(
         raise InputError(f"{key}: layers are spread by rows alone and saved in one file here; write fsdp2")
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, ZeRO):
         raise InputError(f"{key} saves folders in place, without averages; write zero1, zero2 or zero3")
-    if isinstance(strategy, (FSDP2, ZeRO)) and not sharded:
-        raise InputError(f"{key}: {method} needs its network in one piece; write ddp")
+    if isinstance(strategy, (FSDP2, ZeRO)) and whole_for is not None:
+        raise InputError(f"{key}: {method} needs its network in one piece {whole_for}; write ddp")
     if isinstance(strategy, (FSDP2, ZeRO)) and compiled:
         raise InputError(f"model.compile: true gathers no weights under {type(strategy).__name__}; write false")
     if isinstance(strategy, ZeRO) and not fitting:

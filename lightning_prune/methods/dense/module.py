@@ -26,7 +26,7 @@ class Dense(PruningModule):
         distill_weight: weight of the teacher's part of the loss.
     """
 
-    shardable = True
+    whole_for = None
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class SparseDM(PruningModule):
         compile: run the training forward through torch.compile.
     """
 
-    shardable = True
+    whole_for = None
 
     def __init__(
         self,

@@ -68,7 +68,7 @@ class ZeRO(DeepSpeedStrategy):
     @torch.no_grad()
     def lightning_module_state_dict(self) -> dict[str, Any]:
         module = self._module
-        spread = {name: full(p).cpu() for name, p in module.named_parameters() if is_spread(p)}
+        spread = {name: self._kept(full(p)) for name, p in module.named_parameters() if is_spread(p)}
         return {**module.state_dict(), **spread} if self.is_global_zero else {}
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class ZeRO(DeepSpeedStrategy):
         for key, value in inner.state.get(flat, {}).items():
             whole = isinstance(value, Tensor) and value.shape == flat.shape
             for index, parameter in enumerate(trained):
-                gathered = _state_of(parameter, key).cpu() if whole else _copied(value)
+                gathered = self._kept(_state_of(parameter, key)) if whole else _copied(value)
                 state.setdefault(index, {})[key] = gathered
         return {"state": state, "param_groups": groups} if self.is_global_zero else {}
 
@@ -113,6 +113,9 @@ class ZeRO(DeepSpeedStrategy):
         for index, parameter in enumerate(trained):
             for key in whole:
                 _write_state(parameter, saved["state"][index][key].to(self.root_device), key)
+
+    def _kept(self, whole: Tensor) -> Tensor | None:
+        return whole.cpu() if self.is_global_zero else None
 
     @property
     def _module(self) -> nn.Module:

@@ -145,6 +145,6 @@ def test_agents_of_an_array_share_a_sweep_and_run_trials_on_two_nodes(cluster: C
         run = cluster.jobs / "runs" / f"swept-{trial}"
         written = yaml.safe_load((run / "config.yaml").read_text())
         assert written["model"]["init_args"]["sparsity"] == parameters["model.init_args.sparsity"]
-        assert (written["trainer"]["num_nodes"], written["trainer"]["devices"]) == (2, 1)
+        assert (written["trainer"]["num_nodes"], str(written["trainer"]["devices"])) == (2, "1")
         manifest = json.loads((run / "artifact" / "pruning.json").read_text())
         assert set(manifest["masks"].values()) == {parameters["model.init_args.sparsity"]}

@@ -114,6 +114,7 @@ def run_seconds(folder: Path, kind: str, steps: int) -> float:
         *(sys.executable, "-m", "lightning_prune", "fit", "--config", str(ROOT / "configs/smoke/dense_dit.yaml")),
         *("--run.root", str(folder), "--run.name", kind, "--run.wandb", "offline" if kind == "offline" else "online"),
         *("--trainer.max_steps", str(steps), "--trainer.enable_progress_bar", "false", "--trainer.callbacks", "[]"),
+        *("--trainer.limit_val_batches", "0"),
     ]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     with endpoint("refusing" if kind == "offline" else kind) as url:

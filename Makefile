@@ -14,7 +14,7 @@ if [ $$status -eq 5 ]; then echo "There are no $(1) tests yet; nothing was check
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install fit test slow parity cluster-test torture lint clean
+.PHONY: help install fit test slow parity cluster-test deepspeed-test torture lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 16
@@ -43,6 +43,15 @@ parity: $(STAMP) ## long comparisons with reference implementations
 
 cluster-test: $(STAMP) ## tests against a SLURM on this machine
 	$(call suite,cluster,tests/cluster)
+
+# DeepSpeed is built from source and asks for torch while it is, so it comes second and without build isolation.
+.venv/.deepspeed: $(STAMP)
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation \
+		-c constraints.txt -e ".[deepspeed]"
+	@touch $@
+
+deepspeed-test: .venv/.deepspeed ## tests of DeepSpeed on the CPU, which they install; ten minutes or more
+	$(call suite,deepspeed,tests/distributed)
 
 torture: $(STAMP) ## tests that kill, fill and corrupt on purpose
 	$(call suite,torture,tests)

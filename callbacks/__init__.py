@@ -7,6 +7,7 @@ from lightning_prune.callbacks.gate_map import GateMap
 from lightning_prune.callbacks.image_writer import ImageWriter
 from lightning_prune.callbacks.last_checkpoint import LastCheckpoint
 from lightning_prune.callbacks.mask_invariant import MaskInvariant
+from lightning_prune.callbacks.mask_map import MaskMap
 from lightning_prune.callbacks.progress import StepProgress
 from lightning_prune.callbacks.run_record import RunRecord
 from lightning_prune.callbacks.sample_grid import SampleGrid
@@ -21,6 +22,7 @@ __all__ = [
     "ImageWriter",
     "LastCheckpoint",
     "MaskInvariant",
+    "MaskMap",
     "RunRecord",
     "SampleGrid",
     "SparsityRamp",

@@ -27,7 +27,7 @@ from lightning_prune.protocols import InputError, Plan, ResultHook
 from lightning_prune.pruning.frozen import Frozen, Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
-from lightning_prune.sharding import FSDP2, ShardedAverage, check_network, check_strategy
+from lightning_prune.sharding import FSDP2, ShardedAverage, ZeRO, check_optimizer, check_strategy
 from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
 Batch = Mapping[str, Any]
@@ -63,8 +63,8 @@ class PruningModule(pl.LightningModule):
         compile: run the training forward through torch.compile.
     """
 
-    shardable: ClassVar[bool] = False
-    """Whether the method can be trained while its network is spread over processes (FSDP2)."""
+    whole_for: ClassVar[str | None] = "for what it does with it"
+    """What the method needs its network in one piece for; None if processes may share it (FSDP2, DeepSpeed)."""
 
     def __init__(
         self,
@@ -163,34 +163,40 @@ class PruningModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self._optimizer.value([p for p in self.parameters() if p.requires_grad])
+        if isinstance(self.trainer.strategy, ZeRO):
+            check_optimizer(optimizer)
         total = self.trainer.estimated_stepping_batches if self.lr_schedule != "constant" else math.inf
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, total, self.warmup_steps, self.lr_schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_callbacks(self) -> list[Callback]:
         # The first hook of a run, before processes wait for each other.
-        check_strategy(self.trainer.strategy, type(self).__name__, self.shardable, self.compile_training)
+        fitting, strategy = self.trainer.state.fn == TrainerFn.FITTING, self.trainer.strategy
+        precision = str(self.trainer.precision)
+        check_strategy(strategy, type(self).__name__, self.whole_for, self.compile_training, fitting, precision)
         # Added behind the user's callbacks: those that evaluate at the end of a validation epoch run before this
         # one swaps the averaged weights out again. Masks are derived from weights, so buffers are not averaged.
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
         if self.ema_decay is None or not fitting:
             return []
-        if isinstance(self.trainer.strategy, FSDP2):
+        if isinstance(strategy, (FSDP2, ZeRO)):
             return [ShardedAverage(self.ema_decay)]
         return [EMAWeightAveraging(use_buffers=False, decay=self.ema_decay)]
 
     # Sharding
 
     def shard(self, mesh: Any) -> None:
-        """Spread the denoiser over the processes of a device mesh; the strategy calls it."""
-        check_network(self.denoiser.network)
+        """Spread the denoiser over the processes of a device mesh; the strategy calls it.
+
+        Without a mesh another engine spreads it after this.
+        """
         with entries(self.denoiser.network) as entered:
             self._ledger = count_denoiser(self.denoiser)  # it traces a call, which is another one once sharded
         self._structure = Frozen(skeleton(self.denoiser))
-        shard(self.denoiser.network, mesh, entered)
+        if mesh is not None:
+            shard(self.denoiser.network, mesh, entered)
 
     def whole_denoiser(self) -> Denoiser:
-        """The denoiser in one piece: itself, or under FSDP2 a copy; all processes call it together."""
+        """The denoiser in one piece: itself, or where it is spread a copy; all processes call it together."""
         if self._structure is None or not is_sharded(self.denoiser):
             return self.denoiser
         return whole(self.denoiser, self._structure.value, self.device).eval()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -15,11 +18,13 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from timm.optim.muon import Muon
 
 from lightning_prune.cli import main
-from lightning_prune.protocols import InputError
-from lightning_prune.sharding import FSDP2, check_network, check_strategy
-from lightning_prune.sharding.network import entries, skeleton
+from lightning_prune.protocols import InputError, Sparsity
+from lightning_prune.pruning.masks import masked_layers
+from lightning_prune.sharding import FSDP2, ZeRO, check_optimizer, check_strategy
+from lightning_prune.sharding.network import entries, skeleton, whole
 from tests.factories import tiny_dit, tiny_sparsedm, tiny_unet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -30,7 +35,9 @@ def test_a_strategy_parses_on_top_of_a_config(file: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(file), "--print_config"])
     assert stop.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"] == file.stem
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"] == {"deepspeed": "zero2"}.get(
+        file.stem, file.stem
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,17 +45,22 @@ def test_a_strategy_parses_on_top_of_a_config(file: Path, capsys: pytest.Capture
     [
         (FSDPStrategy, {}, "FSDPStrategy"),
         (ModelParallelStrategy, {}, "write fsdp2"),
-        (DeepSpeedStrategy, {}, "DeepSpeedStrategy"),
-        (FSDP2, {"sharded": False}, "Method needs its network in one piece"),
+        (DeepSpeedStrategy, {}, "DeepSpeedStrategy saves folders"),
+        (ZeRO, {"whole_for": "to cut"}, "Method needs its network in one piece to cut; write ddp"),
+        (ZeRO, {"compiled": True}, r"model\.compile"),
+        (ZeRO, {"fitting": False}, "write ddp to evaluate"),
+        (ZeRO, {"precision": "bf16-mixed"}, r"trainer\.precision: bf16-mixed"),
+        (ZeRO, {}, None),
+        (FSDP2, {"whole_for": "to cut"}, "Method needs its network in one piece to cut; write ddp"),
         (FSDP2, {"compiled": True}, r"model\.compile"),
-        (DDPStrategy, {"sharded": False, "compiled": True}, None),
-        (SingleDeviceStrategy, {"sharded": False}, None),
+        (DDPStrategy, {"whole_for": "to cut", "compiled": True}, None),
+        (SingleDeviceStrategy, {"whole_for": "to cut"}, None),
         (FSDP2, {}, None),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(cls: type[Strategy], settings: dict[str, Any], named: str | None) -> None:
     strategy = cls.__new__(cls)  # DeepSpeed's constructor wants DeepSpeed
-    given = {"sharded": True, "compiled": False, **settings}
+    given: dict[str, Any] = {"whole_for": None, "compiled": False, "fitting": True, "precision": "32-true", **settings}
     if named is None:
         check_strategy(strategy, "Method", **given)
     else:
@@ -63,12 +75,6 @@ def test_a_refused_strategy_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "runs").exists()
 
 
-def test_networks_of_convolutions_are_not_sharded_yet() -> None:
-    check_network(tiny_dit().network)
-    with pytest.raises(InputError, match="UNet2DModel; write ddp"):
-        check_network(tiny_unet().network)
-
-
 def test_a_skeleton_has_structure_and_buffers_but_no_weights() -> None:
     module = tiny_sparsedm()
     copy = skeleton(module.denoiser)
@@ -78,9 +84,67 @@ def test_a_skeleton_has_structure_and_buffers_but_no_weights() -> None:
     assert [type(m) for m in copy.modules()] == [type(m) for m in module.denoiser.modules()]
 
 
-def test_modules_entered_from_outside_their_block_are_found() -> None:
-    import torch
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ("dipgo_dit", "DiPGO needs its network in one piece to call its blocks"),
+        ("dipgo_rule", "GateRule needs its network in one piece to call its blocks"),
+        ("mosaicdiff_dit", "MosaicDiff needs its network in one piece to cut units"),
+    ],
+)
+def test_methods_that_need_the_whole_network_say_what_for(
+    config: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", "--config", str(CONFIGS / "smoke" / f"{config}.yaml"), "--run.root", str(tmp_path / "runs")]
+    assert main([*command, "--trainer.strategy", "fsdp2"]) == 2
+    said = capsys.readouterr().err
+    assert "trainer.strategy: FSDP2" in said
+    assert named in said
+    assert not (tmp_path / "runs").exists()
 
+
+def test_a_network_in_one_piece_has_the_masks_of_the_weights_now() -> None:
+    """Those of the structure are of the weights at its making."""
+    module = tiny_sparsedm()
+    structure = skeleton(module.denoiser)
+    with torch.no_grad():
+        for parameter in module.denoiser.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    module.weights_changed()
+    copy = masked_layers(whole(module.denoiser, structure, torch.device("cpu")).network)
+    assert copy.keys() == module.masks.layers.keys()
+    for name, layer in module.masks.layers.items():
+        assert torch.equal(copy[name].effective_weight(), layer.effective_weight())
+    module.set_sparsity(Sparsity(1, 4))
+    copy = masked_layers(whole(module.denoiser, structure, torch.device("cpu")).network)
+    assert {str(layer.sparsity) for layer in copy.values()} == {"1:4"}
+
+
+def test_deepspeed_steps_on_flat_pieces() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    check_optimizer(torch.optim.AdamW([weight]))
+    with pytest.raises(InputError, match="Muon under DeepSpeed"):
+        check_optimizer(Muon([weight]))
+    with pytest.raises(InputError, match="several groups"):
+        check_optimizer(torch.optim.SGD([{"params": [weight]}, {"params": [torch.nn.Parameter(torch.zeros(2))]}]))
+
+
+def test_deepspeed_that_is_missing_and_stages_that_are_none_are_one_line() -> None:
+    with pytest.raises(InputError, match="stage 4"):
+        ZeRO(stage=4)
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(InputError, match=r"pip install 'lightning_prune\[deepspeed\]'"):
+            ZeRO()
+
+
+def test_frozen_masks_are_refused_where_gradients_are_out_of_reach() -> None:
+    module = tiny_sparsedm(freeze_masks_at=0.5)
+    module._trainer = SimpleNamespace(strategy=ZeRO.__new__(ZeRO))  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"model\.freeze_masks_at"):
+        module.setup("fit")
+
+
+def test_modules_entered_from_outside_their_block_are_found() -> None:
     for denoiser, expected in ((tiny_dit(), ["transformer_blocks.0.norm1.emb"]), (tiny_unet(), [])):
         x, t = torch.zeros(1, *denoiser.sample_shape), torch.zeros(1, dtype=torch.long)
         with entries(denoiser.network) as found, torch.no_grad():

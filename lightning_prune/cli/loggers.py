@@ -20,8 +20,10 @@ from lightning_prune import jobs
 from lightning_prune.cli.run_folder import RunSettings
 
 _ROWS_BETWEEN_SAVES = 50
-_ANSWER_WITHIN = 5.0
+_ANSWER_WITHIN = 3.0
 """Seconds in which a W&B server has to answer at the start."""
+_OPENS_WITHIN = 20.0
+"""Seconds in which a server that answers has to open a run."""
 _PATIENCE = 60.0
 """Seconds in which it has to take the rest of a record at the end."""
 
@@ -107,8 +109,8 @@ def run_loggers(settings: RunSettings, folder: Path) -> list[Logger]:
 class TrackedRun(WandbLogger):
     """The W&B run of a run folder. Training neither waits for a server nor loses a record to it.
 
-    A server that does not answer at the start makes the run an offline one. One that stops answering later is given
-    a minute at the end. The record on disk is complete either way, and `wandb sync` sends it.
+    A server that does not answer at the start, or opens no run, makes it an offline one. One that stops answering later
+    is given a minute at the end. The record on disk is complete either way, and `wandb sync` sends it.
 
     Args:
         settings: how the run is recorded.
@@ -134,10 +136,26 @@ class TrackedRun(WandbLogger):
             settings=wandb.Settings(**_bounded()),
         )
 
+    @property
+    def experiment(self) -> Any:
+        """The W&B run, opened when it is first asked for."""
+        opened: Any = WandbLogger.experiment.fget  # type: ignore[attr-defined]
+        try:
+            return opened(self)
+        except wandb.errors.CommError as error:
+            if self._offline:
+                raise
+            said = str(error).partition("\n")[0]
+            warnings.warn(f"{said}; recorded offline, `wandb sync` sends it", stacklevel=2)
+            self._offline = True
+            self._wandb_init["mode"] = "offline"
+            return opened(self)
+
 
 def _bounded() -> dict[str, Any]:
-    """Settings that bound what W&B waits for at the end, where this version has them."""
-    return {"finish_timeout": _PATIENCE} if hasattr(wandb.Settings(), "finish_timeout") else {}
+    """Settings that bound what W&B waits for, as far as this version has them."""
+    bounds = {"init_timeout": _OPENS_WITHIN, "finish_timeout": _PATIENCE}
+    return {name: seconds for name, seconds in bounds.items() if hasattr(wandb.Settings(), name)}
 
 
 def _silence() -> str | None:

@@ -5,7 +5,8 @@ the untouched network. The mask acts in the forward pass alone, so it holds unde
 and what is trained, averaged and saved is the dense shadow weight.
 
 Under FSDP2 a weight is spread over processes by rows between calls, and whole within one. Groups lie within rows, so
-each process keeps the mask of its own rows, and a call derives that of the whole weight, the same row by row.
+each process keeps the mask of its own rows, and a call derives that of the whole weight, the same row by row. Stage 3
+of DeepSpeed spreads weights in pieces that end anywhere: there no mask is kept, and every call derives its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from lightning_prune.protocols import InputError, PrunableUnit, Sparsity
 from lightning_prune.pruning.nm import nm_mask, to_groups
+from lightning_prune.pruning.shards import full, in_pieces, local, shape
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -48,6 +50,8 @@ class MaskedLayer(nn.Module):
     _scores: Tensor | None
     _scale: Tensor | None
     _frozen: dict[Sparsity, Tensor]
+    _decay: Tensor | None
+    _collects_decay: bool
 
     @property
     def sparsity(self) -> Sparsity | None:
@@ -56,7 +60,7 @@ class MaskedLayer(nn.Module):
 
     @property
     def mask(self) -> Tensor | None:
-        """1 where a weight is kept, in the dtype of the weight; None while dense."""
+        """1 where a weight is kept, in the dtype of the weight; None while dense, and where the weight is in pieces."""
         return self._mask
 
     @property
@@ -89,6 +93,9 @@ class MaskedLayer(nn.Module):
         """Derive the mask again, into the tensor it already has where possible."""
         if self._sparsity is None:
             return
+        if in_pieces(self.weight):
+            self._mask = None
+            return
         weight, current = local(self.weight), self._mask
         mask = self.derived_mask(self._sparsity)
         if current is not None and _fits(current, weight):
@@ -96,9 +103,9 @@ class MaskedLayer(nn.Module):
         else:
             self._mask = mask.to(weight.dtype)
 
-    def derived_mask(self, sparsity: Sparsity) -> Tensor:
+    def derived_mask(self, sparsity: Sparsity, weight: Tensor | None = None) -> Tensor:
         """The boolean mask that a pattern has now: frozen, or from the scores, or else from scaled magnitudes."""
-        weight = local(self.weight)
+        weight = local(self.weight) if weight is None else weight
         if sparsity in self._frozen:
             return self._frozen[sparsity].to(weight.device)
         return nm_mask(self._scaled(weight) if self._scores is None else self._scores.to(weight.device), sparsity)
@@ -107,24 +114,36 @@ class MaskedLayer(nn.Module):
         return weight if self._scale is None else weight.detach() * self._scale.to(weight.device)
 
     def effective_weight(self) -> Tensor:
-        """The weight this layer computes with; outside a call under FSDP2, this process' rows of it."""
-        weight = local(self.weight)
+        """The weight this layer computes with.
+
+        Outside a call it is under FSDP2 that of this process' rows; under DeepSpeed's stage 3 it is gathered, which all
+        processes do together.
+        """
+        weight, self._decay = self._weight_in_call(), None
         if self._sparsity is None:
             return weight
-        mask = self._mask
-        if mask is not None and mask.shape != weight.shape and not isinstance(self.weight, DTensor):
-            mask = nm_mask(self._scaled(weight), self._sparsity).to(weight.dtype)
-        elif mask is None or mask.shape != weight.shape or mask.device != weight.device:
-            self.refresh_mask()
-            mask = self._mask
+        mask = self._mask_of(weight, self._sparsity)
+        if self._collects_decay and torch.is_grad_enabled():
+            self._decay = 0.5 * ((1 - mask) * weight).square().sum()
         masked: Tensor = _StraightThrough.apply(weight, mask)
         return masked
 
+    def _weight_in_call(self) -> Tensor:
+        if in_pieces(self.weight) and self.weight.shape != shape(self.weight):
+            return full(self.weight)
+        return local(self.weight)
 
-def local(tensor: Tensor) -> Tensor:
-    """This process' part of a tensor that is spread over processes, sharing its memory; else the tensor itself."""
-    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part
+    def _mask_of(self, weight: Tensor, sparsity: Sparsity) -> Tensor:
+        mask = self._mask
+        if in_pieces(self.weight):
+            return self.derived_mask(sparsity, weight).to(weight.dtype)
+        if mask is not None and mask.shape != weight.shape and not isinstance(self.weight, DTensor):
+            return nm_mask(self._scaled(weight), sparsity).to(weight.dtype)
+        if mask is None or mask.shape != weight.shape or mask.device != weight.device:
+            self.refresh_mask()
+            mask = self._mask
+        assert mask is not None
+        return mask
 
 
 def _fits(mask: Tensor, weight: Tensor) -> bool:
@@ -278,7 +297,10 @@ class MaskSet:
         """Fraction of non-zero effective weights by layer; all processes call it together."""
         counts = torch.tensor([int((layer.effective_weight() != 0).sum()) for layer in self.layers.values()])
         totals = self._over_shards(counts).tolist()
-        return {n: total / layer.weight.numel() for (n, layer), total in zip(self.layers.items(), totals, strict=True)}
+        return {
+            n: total / shape(layer.weight).numel()
+            for (n, layer), total in zip(self.layers.items(), totals, strict=True)
+        }
 
     @torch.no_grad()
     def violations(self, compare: bool = False) -> int:
@@ -298,6 +320,18 @@ class MaskSet:
         summed = counts.to(weights[0].device)
         distributed.all_reduce(summed, group=weights[0].device_mesh.get_group())
         return summed
+
+    def collect_decay(self) -> None:
+        """Let calls note the term whose gradient is (1 - m) * W, for engines that hold gradients out of reach."""
+        for layer in self.layers.values():
+            layer._collects_decay = True
+
+    def collected_decay(self) -> Tensor | float:
+        """1/2 |(1 - m) * W|^2, summed over layers called since this was last asked; of each the last call counts."""
+        total: Tensor | float = 0.0
+        for layer in self.layers.values():
+            total, layer._decay = total if layer._decay is None else total + layer._decay, None
+        return total
 
     @torch.no_grad()
     def add_decay(self, strength: float) -> None:
@@ -336,20 +370,23 @@ def _convert(network: nn.Module, unit: PrunableUnit) -> MaskedLayer:
     layer.__class__ = _MASKED[type(layer)]
     assert isinstance(layer, MaskedLayer)
     layer._sparsity, layer._mask, layer._scores, layer._scale, layer._frozen = None, None, None, None, {}
+    layer._decay, layer._collects_decay = None, False
     return layer
 
 
 def _fitting(layer: MaskedLayer, sparsity: Sparsity | None) -> Sparsity | None:
-    return None if sparsity is None or layer.weight.shape[1] % sparsity.m else sparsity
+    return None if sparsity is None or shape(layer.weight)[1] % sparsity.m else sparsity
 
 
 def _violations(layer: MaskedLayer, compare: bool) -> int:
-    sparsity, mask = layer.sparsity, layer.mask
-    assert sparsity is not None and mask is not None
+    sparsity = layer.sparsity
+    assert sparsity is not None
+    weight = layer.effective_weight()
+    mask = layer.mask if layer.mask is not None else layer.derived_mask(sparsity, weight)
     kept = to_groups(mask, sparsity.m).sum(dim=-1)
-    nonzero = (to_groups(layer.effective_weight(), sparsity.m) != 0).sum(dim=-1)
+    nonzero = (to_groups(weight, sparsity.m) != 0).sum(dim=-1)
     broken = (kept != sparsity.n) | (nonzero > sparsity.n)
-    if compare:
+    if compare and layer.mask is not None:
         derived = layer.derived_mask(sparsity).to(mask.dtype)
         broken |= (to_groups(derived, sparsity.m) != to_groups(mask, sparsity.m)).any(dim=-1)
     return int(broken.sum())

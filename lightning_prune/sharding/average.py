@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from lightning_prune.sharding.network import full
+from lightning_prune.pruning.shards import forget_whole, full, held
+from lightning_prune.sharding.zero import ZeRO
 
 
 class _LocalAverage:
@@ -18,28 +19,30 @@ class _LocalAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.tensors = {name: held(p).detach().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
     def update_parameters(self, module: nn.Module) -> None:
         """average <- decay * average + (1 - decay) * weight; the first time the weight itself."""
         for name, parameter in module.named_parameters():
-            average = self.tensors[name]
-            average.copy_(parameter if self.updates == 0 else average * self.decay + parameter * (1 - self.decay))
+            average, now = self.tensors[name], held(parameter)
+            average.copy_(now if self.updates == 0 else average * self.decay + now * (1 - self.decay))
         self.updates += 1
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
-            current = parameter.detach().clone()
-            parameter.copy_(self.tensors[name])
+            current = held(parameter).detach().clone()
+            held(parameter).copy_(self.tensors[name])
             self.tensors[name].copy_(current)
+            forget_whole(parameter)
 
 
 class ShardedAverage(EMAWeightAveraging):
-    """`EMAWeightAveraging` under FSDP2, with the same arithmetic and the same checkpoint.
+    """`EMAWeightAveraging` under FSDP2 and DeepSpeed, with the same arithmetic and the same checkpoint.
 
-    Lightning's copies the module before it is sharded, whole, on every process.
+    Lightning's copies the module before it is sharded, whole, on every process, and reads weights that stage 3 of
+    DeepSpeed keeps elsewhere.
 
     Args:
         decay: decay of the moving average.
@@ -66,7 +69,8 @@ class ShardedAverage(EMAWeightAveraging):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        averaged = {name: full(tensor).cpu() for name, tensor in self.average.tensors.items()}
+        parameters = pl_module.named_parameters()
+        averaged = {name: full(p, self.average.tensors[name]).cpu() for name, p in parameters}
         checkpoint["current_model_state"] = checkpoint["state_dict"]  # empty but on the first process
         if checkpoint["state_dict"]:
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **averaged}
@@ -81,7 +85,10 @@ class ShardedAverage(EMAWeightAveraging):
             return
         self.average.updates = int(checkpoint["averaging_state"]["n_averaged"])
         current: dict[str, Any] = checkpoint["current_model_state"]
-        set_model_state_dict(pl_module, current, options=StateDictOptions(full_state_dict=True))
+        if isinstance(trainer.strategy, ZeRO):
+            trainer.strategy.load_model_state_dict({"state_dict": current})
+        else:
+            set_model_state_dict(pl_module, current, options=StateDictOptions(full_state_dict=True))
 
     def _swap_models(self, pl_module: pl.LightningModule) -> None:
         self.average.swap(pl_module)

@@ -1,4 +1,4 @@
-"""Sharding a denoiser by FSDP2, and the whole network out of the shards. Collective: all processes call these."""
+"""Sharding a denoiser by FSDP2, and the whole network out of what processes hold. Collective: all call these."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+
+from lightning_prune.pruning.masks import MaskedLayer
+from lightning_prune.pruning.shards import full, is_spread
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of `module` are spread over processes."""
-    return any(isinstance(p, DTensor) for p in module.parameters())
+    return any(is_spread(p) for p in module.parameters())
 
 
 def shard(network: nn.Module, mesh: Any, entered: Collection[str] = ()) -> None:
@@ -79,16 +81,14 @@ def skeleton(network: Network) -> Network:
 
 
 def whole(sharded: nn.Module, structure: Network, device: torch.device) -> Network:
-    """The network in one piece on every process, in a new copy of `structure`."""
+    """The network in one piece on every process, in a new copy of `structure`, under the patterns of `sharded` now."""
     gathered = {name: full(p).to(device) for name, p in sharded.named_parameters()}
     copy = deepcopy(structure)
     for name, parameter in list(copy.named_parameters()):
         owner, _, last = name.rpartition(".")
         setattr(copy.get_submodule(owner), last, nn.Parameter(gathered[name], parameter.requires_grad))
-    return copy.to(device)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """A tensor in one piece, detached."""
-    detached = tensor.detach()
-    return detached.full_tensor() if isinstance(detached, DTensor) else detached.clone()
+    copy.to(device)
+    for ours, theirs in zip(sharded.modules(), copy.modules(), strict=True):
+        if isinstance(ours, MaskedLayer) and isinstance(theirs, MaskedLayer):
+            theirs.set_sparsity(ours.sparsity)  # the structure has the masks of the weights at its making
+    return copy

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
 
 from lightning_prune.protocols import InputError
 from lightning_prune.sharding.strategy import FSDP2
+from lightning_prune.sharding.zero import ZeRO
 
-_FEW = 2
 
-
-def check_strategy(strategy: Strategy, method: str, sharded: bool, compiled: bool) -> None:
+def check_strategy(
+    strategy: Strategy, method: str, whole_for: str | None, compiled: bool, fitting: bool, precision: str
+) -> None:
     """Refuse a strategy that would train something else than was asked for, or hang.
 
     Args:
         strategy: the trainer's.
         method: name of the method's class.
-        sharded: whether the method can be trained while its network is spread over processes.
+        whole_for: what the method needs its network in one piece for; None if it can be spread over processes.
         compiled: whether the training forward is compiled.
+        fitting: whether the run trains.
+        precision: the trainer's.
 
     Raises:
         InputError: naming the strategy and what to write instead.
@@ -28,19 +30,16 @@ def check_strategy(strategy: Strategy, method: str, sharded: bool, compiled: boo
         raise InputError(f"{key} flattens weights, so that no rows are left to mask; write fsdp2")
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
         raise InputError(f"{key}: layers are spread by rows alone and saved in one file here; write fsdp2")
-    if isinstance(strategy, DeepSpeedStrategy):
-        raise InputError(f"{key} hides gradients and averages from the module and saves folders; write fsdp2")
-    if isinstance(strategy, FSDP2) and not sharded:
-        raise InputError(f"{key}: {method} needs its network in one piece; write ddp")
-    if isinstance(strategy, FSDP2) and compiled:
-        raise InputError("model.compile: true gathers no weights under fsdp2; write false")
-
-
-def check_network(network: nn.Module) -> None:
-    """Refuse networks of convolutions, whose masks do not hold under FSDP2 yet. A transformer has one or two.
-
-    Raises:
-        InputError: naming the network.
-    """
-    if sum(isinstance(layer, nn.Conv2d) for layer in network.modules()) > _FEW:
-        raise InputError(f"trainer.strategy: fsdp2 is for transformers, not {type(network).__name__}; write ddp")
+    if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, ZeRO):
+        raise InputError(f"{key} saves folders in place, without averages; write zero1, zero2 or zero3")
+    if isinstance(strategy, (FSDP2, ZeRO)) and whole_for is not None:
+        raise InputError(f"{key}: {method} needs its network in one piece {whole_for}; write ddp")
+    if isinstance(strategy, (FSDP2, ZeRO)) and compiled:
+        raise InputError(f"model.compile: true gathers no weights under {type(strategy).__name__}; write false")
+    if isinstance(strategy, ZeRO) and not fitting:
+        raise InputError(f"{key} is for training; write ddp to evaluate")
+    if isinstance(strategy, ZeRO) and precision != "32-true":
+        raise InputError(
+            f"trainer.precision: {precision} under DeepSpeed rounds the weights themselves, which masks and averages "
+            "are made of; write 32-true, or strategy fsdp2"
+        )

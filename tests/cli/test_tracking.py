@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +19,22 @@ from lightning_prune.cli.run_folder import RunSettings
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "dense_dit.yaml"
 
 
-class _Broken(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_error(500)
-
-    do_POST = do_GET
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "wandb_unreachable.py"
 
 
-@contextmanager
-def endpoint(kind: str) -> Iterator[str]:
+def endpoint(kind: str) -> AbstractContextManager[str]:
     """A server of that kind of trouble; its address."""
-    if kind == "refusing":
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
-    elif kind == "hanging":
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    else:
-        server: HTTPServer = ThreadingHTTPServer(("127.0.0.1", 0), _Broken)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            server.server_close()
+    spec = importlib.util.spec_from_file_location("wandb_unreachable", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: AbstractContextManager[str] = module.endpoint(kind)
+    return found
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    (record,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    record = max((run / "wandb").glob("*run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
     program = Path(sys.executable).with_name("wandb")
     done = subprocess.run(
         [program, "leet", "inspect", "--json", str(record)], capture_output=True, text=True, check=True
@@ -82,10 +63,14 @@ def test_a_silent_server_makes_the_run_an_offline_one(
 
 @pytest.mark.usefixtures("online")
 @pytest.mark.filterwarnings("ignore:.*recorded offline")
-def test_a_run_against_a_broken_server_ends_with_a_complete_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["broken", "stalling", "dying"])
+def test_a_run_against_a_server_in_trouble_ends_with_a_complete_record(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with endpoint("broken") as url:
+    """One that answers 500, one that opens no run, and one that falls silent once a run is open."""
+    monkeypatch.setattr(loggers, "_OPENS_WITHIN", 3.0)
+    monkeypatch.setattr(loggers, "_PATIENCE", 3.0)
+    with endpoint(kind) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         tags = ["--run.wandb", "online", "--run.group", "g", "--run.tags", "[a, b]"]
         assert main(["fit", "--config", str(SMOKE), "--run.root", str(tmp_path), "--run.name", "x", *tags]) == 0
@@ -102,13 +87,6 @@ def test_a_run_against_a_broken_server_ends_with_a_complete_record(
 
 
 def test_a_healthy_server_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Healthy(_Broken):
-        def do_GET(self) -> None:
-            self.send_response(404)
-            self.end_headers()
-
-    server = HTTPServer(("127.0.0.1", 0), Healthy)
-    threading.Thread(target=server.handle_request, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    assert not TrackedRun(RunSettings(wandb="online"), tmp_path / "x")._offline
-    server.server_close()
+    with endpoint("dying") as url:  # it is well until a run was opened
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        assert not TrackedRun(RunSettings(wandb="online"), tmp_path / "x")._offline

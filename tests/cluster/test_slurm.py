@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,8 @@ from tests.cluster.runs import (
     wandb_ids,
 )
 from tests.cluster.slurm import ROOT, SCRIPTS, Cluster, wait
+from tests.sweeps.standin import serving
+from tests.sweeps.test_sweeps import create
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -115,3 +119,32 @@ def test_submit_puts_a_run_on_two_nodes(cluster: Cluster) -> None:
     fields = cluster.fields(job)
     assert (fields["NumNodes"], fields["JobName"], fields["TimeLimit"]) == ("2", "mine", "00:20:00")
     assert (cluster.jobs / "runs" / f"sent-{job}" / "artifact" / "pruning.json").exists()
+
+
+def test_agents_of_an_array_share_a_sweep_and_run_trials_on_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """The shipped script and W&B's own agents; parameters of a trial reach both nodes."""
+    content = yaml.safe_load((ROOT / "configs" / "sweeps" / "sparsedm_grid.yaml").read_text())
+    content["parameters"] = {"model.init_args.sparsity": {"values": ["3:4", "2:4"]}}
+    base = config(
+        cluster.jobs, "swept", "smoke/sparsedm_dit.yaml", [], max_steps=1, limit_val_batches=0, strategy="ddp"
+    )
+    content["command"][6:9] = [str(base), "--run.wandb", "offline"]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    with serving() as (server, url):
+        path = create(tmp_path / "sweep.yaml", tmp_path, url)
+        site = cluster.folder / "sweep-env.sh"
+        settings = f"WANDB_BASE_URL={url} WANDB_API_KEY={'0' * 40} PATH={Path(sys.executable).parent}:$PATH"
+        offline = "WANDB_MODE=offline "
+        site.write_text((cluster.folder / "env.sh").read_text().replace(offline, "") + f"export {settings}\n")
+        sbatch = ("sbatch", "--parsable", "--array=0-1", *TWO_NODES, SCRIPTS / "sweep.sbatch", path, "1")
+        job = cluster.call("env", f"LIGHTNING_PRUNE_ENV={site}", *sbatch).strip()
+        assert cluster.end(f"{job}_0", f"{job}_1") == ["COMPLETED"] * 2, cluster.output()
+        given = server.given
+    assert list(given.values()) == [{"model.init_args.sparsity": pattern} for pattern in ("3:4", "2:4")]
+    for trial, parameters in given.items():
+        run = cluster.jobs / "runs" / f"swept-{trial}"
+        written = yaml.safe_load((run / "config.yaml").read_text())
+        assert written["model"]["init_args"]["sparsity"] == parameters["model.init_args.sparsity"]
+        assert (written["trainer"]["num_nodes"], str(written["trainer"]["devices"])) == (2, "1")
+        manifest = json.loads((run / "artifact" / "pruning.json").read_text())
+        assert set(manifest["masks"].values()) == {parameters["model.init_args.sparsity"]}

@@ -20,6 +20,8 @@ REPORT = {
     "init_args": {"samples": 120, "steps": 1, "protocol": "smoke", "timed_images": 2, "timed_repeats": 1},
 }
 
+INVARIANT = {"class_path": "lightning_prune.callbacks.MaskInvariant"}
+
 
 def fit(root: Path, name: str, strategy: str, *arguments: str, config: str = "sparsedm_dit", **change: Any) -> Path:
     """Fit a smoke config in two processes of one thread each; its run folder."""
@@ -100,6 +102,29 @@ def test_the_artifact_is_whole_and_masked(replicated: Path, sharded: Path) -> No
         assert a["macs_per_image"] == b["macs_per_image"]
         assert a["nonzero_params"] == b["nonzero_params"]
         assert a["fd_fashion"]["value"] == pytest.approx(b["fd_fashion"]["value"], rel=0.05)
+
+
+def test_a_convolutional_network(root: Path) -> None:
+    import lightning_prune
+
+    model = ("--model.init_args.decay", "0.01", "--model.init_args.ema_decay", "0.9")
+    longer: dict[str, Any] = {
+        "config": "sparsedm_unet",
+        "max_steps": 4,
+        "val_check_interval": 2,
+        "callbacks": [INVARIANT],
+    }
+    runs = [fit(root, f"unet-{s}", s, *model, **longer) for s in ("ddp", "fsdp2")]
+    ours, theirs = (metrics(run, "loss", "val_loss", "mask_violations") for run in runs)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert metrics(runs[1], "mask_violations") == [0.0] * 4
+    for key in ("state_dict", "current_model_state"):
+        close(*(checkpoint(run)[key] for run in runs))
+    zeros = [{n: t == 0 for n, t in lightning_prune.load(r / "artifact").state_dict().items()} for r in runs]
+    pruned = [name for name, zero in zeros[0].items() if zero.ndim == 4 and zero.float().mean() == 0.75]
+    assert pruned  # convolutions at 1:4
+    for name in pruned:
+        assert (zeros[0][name] == zeros[1][name]).float().mean() > 0.999, name
 
 
 def test_a_dense_method(root: Path) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from PIL import Image
 
-from lightning_prune.callbacks import MaskInvariant, SparsityRamp
+from lightning_prune.callbacks import MaskInvariant, MaskMap, SparsityRamp
 from lightning_prune.protocols import InputError, Sparsity
 from lightning_prune.pruning.masks import effective_state, masked_layers
 from lightning_prune.pruning.nm import nm_mask, to_groups, violations
@@ -112,6 +113,21 @@ def test_the_invariant_stops_a_run_whose_masks_break(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="do not hold their sparsity pattern"):
         fit(tiny_sparsedm(), tmp_path, callbacks=[Break(), MaskInvariant()])
+
+
+def test_the_map_of_flips_has_a_row_a_layer_and_a_column_a_step(tmp_path: Path) -> None:
+    module, drawn = tiny_sparsedm(), MaskMap()
+    trainer = fit(module, tmp_path, max_steps=4, log_every_n_steps=2, callbacks=[drawn])
+    assert drawn.state_dict()["steps"] == [2, 4]
+    assert [set(at) for at in drawn.state_dict()["rates"]] == [set(module.masks.layers)] * 2
+    assert drawn.state_dict()["rates"][-1] == {
+        name: float(trainer.callback_metrics[f"flip_rate/{name}"]) for name in module.masks.layers
+    }
+    with Image.open(tmp_path / "masks" / "flips.png") as picture:
+        assert picture.size == (2 * 8, len(module.masks.layers) * 8)
+    again = MaskMap()
+    again.load_state_dict(drawn.state_dict())
+    assert again.state_dict() == drawn.state_dict()
 
 
 def test_the_reported_networks(tmp_path: Path) -> None:

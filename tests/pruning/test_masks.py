@@ -67,6 +67,24 @@ def test_straight_through_gradient_equals_the_hand_written_one() -> None:
         torch.testing.assert_close(net[index].bias.grad, plain[index].bias.grad)
 
 
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_decay_through_the_loss_gives_the_same_gradient(accumulated: int) -> None:
+    """As a term of the loss of every batch accumulated, or once added to the gradient."""
+    strength, batches = 0.03, [torch.randn(5, 4, 4, 4) for _ in range(accumulated)]
+    (one, added), (other, collected) = masked(), masked()
+    other.load_state_dict(one.state_dict())
+    collected.refresh()
+    collected.collect_decay()
+    for x in batches:
+        (one(x).square().sum() / accumulated).backward()
+        loss = other(x).square().sum() + strength * collected.collected_decay()
+        (loss / accumulated).backward()
+    added.add_decay(strength)
+    for ours, theirs in zip(other.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert collected.collected_decay() == 0.0
+
+
 def test_pruned_weights_receive_gradient_and_may_return() -> None:
     net: Any = nn.Sequential(nn.Linear(4, 1, bias=False))
     with torch.no_grad():

@@ -75,7 +75,7 @@ class Server:
 @contextmanager
 def serving() -> Iterator[tuple[Server, str]]:
     """A stand-in and its address."""
-    state = Server()
+    state, lock = Server(), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -89,7 +89,9 @@ def serving() -> Iterator[tuple[Server, str]]:
                 call = json.loads(body)
             except ValueError:
                 call = {}
-            self._send({"data": state.answer(call.get("query", ""), call.get("variables") or {})})
+            with lock:  # agents ask side by side
+                answer = state.answer(call.get("query", ""), call.get("variables") or {})
+            self._send({"data": answer})
 
         def _send(self, content: dict[str, Any]) -> None:
             body = json.dumps(content).encode()

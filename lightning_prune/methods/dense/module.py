@@ -31,7 +31,7 @@ class Dense(PruningModule):
             each, such as [0, 2, 4] for three of six; null takes those of the same name.
     """
 
-    shardable = True
+    whole_for = None
 
     def __init__(
         self,

@@ -92,6 +92,8 @@ class DiPGO(PruningModule):
         seed: seed of noise and gates; null takes that of `seed_everything`.
     """
 
+    whole_for = "to call its blocks one by one, and trains scores alone"
+
     def __init__(
         self,
         denoiser: Denoiser,

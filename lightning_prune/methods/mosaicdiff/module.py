@@ -64,6 +64,8 @@ class MosaicDiff(PruningModule):
         seed: seed of timesteps and noise; null takes that of `seed_everything`.
     """
 
+    whole_for = "to cut units out of whole layers"
+
     def __init__(
         self,
         denoiser: Denoiser,

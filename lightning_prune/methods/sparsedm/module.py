@@ -33,6 +33,7 @@ from lightning_prune.module import Batch, LrSchedule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import MaskSet, select_units
+from lightning_prune.sharding import ZeRO
 
 
 class SparseDM(Calibrated):
@@ -71,7 +72,7 @@ class SparseDM(Calibrated):
         compile: run the training forward through torch.compile.
     """
 
-    shardable = True
+    whole_for = None
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class SparseDM(Calibrated):
             raise InputError(f"model.sparsity: {self.target_sparsity} is dense, so there is nothing to calibrate for")
         self._now: Sparsity | None = self.pattern
         self._flips: dict[str, float] = {}
+        self._decays_by_loss = False
 
     @property
     def pattern(self) -> Sparsity | None:
@@ -198,6 +200,20 @@ class SparseDM(Calibrated):
         weights = timestep_weights(self.process, settings.weighting, settings.snr_cap, t)
         return self.noise_weight + self.distill_weight * weights
 
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        if loss is None or not self._decays_by_loss:
+            return loss
+        return loss + self.decay * self.masks.collected_decay()
+
+    def setup(self, stage: str) -> None:
+        # DeepSpeed keeps gradients where no hook sees them; the same gradient comes through a term of the loss.
+        self._decays_by_loss = self.decay > 0 and isinstance(self.trainer.strategy, ZeRO)
+        if self._decays_by_loss:
+            self.masks.collect_decay()
+        if self.freeze_masks_at is not None and isinstance(self.trainer.strategy, ZeRO):
+            raise InputError("model.freeze_masks_at: gradients are out of reach under DeepSpeed; use DDP")
+
     def _loss_of_several(
         self, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor, sampled: Tensor | None, generator: Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -224,7 +240,7 @@ class SparseDM(Calibrated):
         # inside its own step is refused at the start.
         if self.masks.frozen:
             self.masks.mask_gradients()
-        elif self.decay > 0:
+        elif self.decay > 0 and not self._decays_by_loss:
             self.masks.add_decay(self.decay)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

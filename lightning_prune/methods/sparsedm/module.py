@@ -200,7 +200,7 @@ class SparseDM(Calibrated):
         weights = timestep_weights(self.process, settings.weighting, settings.snr_cap, t)
         return self.noise_weight + self.distill_weight * weights
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:  # type: ignore[override]
         loss = super().training_step(batch, batch_idx)
         if loss is None or not self._decays_by_loss:
             return loss

@@ -80,8 +80,8 @@ class LastCheckpoint(Checkpoint):
         if self._validation_ahead:
             # Lightning resumes with a validation pass only if a batch of it was begun and not finished.
             begun = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
-            begun["ready"] += 1
-            begun["started"] += 1
+            # Set, not counted up: a run that resumed like this stays one ahead, and would not be recognised again.
+            begun["ready"] = begun["started"] = begun["completed"] + 1
 
     def _save_records(self, trainer: pl.Trainer) -> None:
         """What was logged up to a checkpoint must be on disk with it, or a resumed record has a hole.

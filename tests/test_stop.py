@@ -75,6 +75,22 @@ def test_resumed_equals_uninterrupted(step: int, in_validation: bool, whole: tup
     assert (tmp_path / "metrics.csv").read_text() == metrics
 
 
+@pytest.mark.parametrize("second", [(4, True), (4, False), (5, False)])
+def test_stopped_twice_and_resumed_equals_uninterrupted(
+    second: tuple[int, bool], whole: tuple[Any, str], tmp_path: Path
+) -> None:
+    """The first time in a validation pass, which the run repeats, and counts as Lightning does."""
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    for number, stop in enumerate([(2, True), second]):
+        with pytest.raises(Stopped, match=f"SIGUSR1 at step {stop[0]}"):
+            run(tmp_path, last if number else None, SignalAt(*stop))
+    resumed = run(tmp_path, last)
+    module, metrics = whole
+    expected = module.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+    assert (tmp_path / "metrics.csv").read_text() == metrics
+
+
 def test_with_accumulated_gradients_a_run_is_left_between_optimizer_steps(tmp_path: Path) -> None:
     class Early(SignalAt):
         def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:

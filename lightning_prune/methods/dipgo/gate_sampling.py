@@ -93,9 +93,7 @@ def budgeted_scores(
     the log-likelihood of a row, but for a constant: of an open step and its open blocks, or of a shut step.
     """
     prices = _prices(scores, costs)
-    budgets = scores.new_tensor([budget])
-    with torch.enable_grad():
-        tau = threshold(scores.detach(), budgets, prices, graph, costs, temperature).detach()
+    tau = price_of_cost(scores, scores.new_tensor([budget]), prices, graph, costs, temperature)
     found, steps = _parted(logits(scores.detach(), tau, prices, temperature)[0], graph)
     if steps is None:
         return found, None
@@ -109,23 +107,31 @@ def threshold(
 ) -> Tensor:
     """The price of cost tau [B] at which the expected kept fraction is each budget, differentiable in the scores.
 
-    Found by bisection; its gradient is that of the implicit function, by a Newton step that is zero in value.
+    Its gradient is that of the implicit function, by a Newton step that is zero in value.
     """
 
     def cost(tau: Tensor) -> Tensor:
         return _trajectory_cost(torch.sigmoid(logits(scores, tau, prices, temperature)), graph, costs)
 
-    with torch.no_grad():
-        reach = float(scores.abs().max()) / float(prices.min().clamp(min=1e-3)) + 40 * temperature
-        low, high = torch.full_like(budgets, -reach), torch.full_like(budgets, reach)
-        for _ in range(_ROUNDS):
-            middle = (low + high) / 2
-            dear = cost(middle) > budgets
-            low, high = torch.where(dear, middle, low), torch.where(dear, high, middle)
-    tau = ((low + high) / 2).requires_grad_()
+    tau = price_of_cost(scores, budgets, prices, graph, costs, temperature).requires_grad_()
     kept = cost(tau)
     (slope,) = torch.autograd.grad(kept.sum(), tau, retain_graph=True)
     return tau.detach() - (cost(tau.detach()) - kept.detach()) / slope.clamp(max=-1e-9)
+
+
+@torch.no_grad()
+def price_of_cost(
+    scores: Tensor, budgets: Tensor, prices: Tensor, graph: BlockGraph, costs: BlockCosts, temperature: float
+) -> Tensor:
+    """tau [B] of `threshold` without a gradient, by bisection."""
+    reach = float(scores.abs().max()) / float(prices.min().clamp(min=1e-3)) + 40 * temperature
+    low, high = torch.full_like(budgets, -reach), torch.full_like(budgets, reach)
+    for _ in range(_ROUNDS):
+        middle = (low + high) / 2
+        gates = torch.sigmoid(logits(scores, middle, prices, temperature))
+        dear = _trajectory_cost(gates, graph, costs) > budgets
+        low, high = torch.where(dear, middle, low), torch.where(dear, high, middle)
+    return (low + high) / 2
 
 
 def logits(scores: Tensor, tau: Tensor, prices: Tensor, temperature: float) -> Tensor:

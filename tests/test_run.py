@@ -86,7 +86,7 @@ def test_a_second_run_never_overwrites_the_first(runs: Path) -> None:
 def test_files(runs: Path) -> None:
     names = {p.name for p in (runs / "smoke").iterdir()}
     assert names == {
-        "artifact", "checkpoints", "config.yaml", "metrics.csv", "report-influence.safetensors", "report.json",
+        "artifact", "checkpoints", "config.yaml", "masks", "metrics.csv", "report-influence.safetensors", "report.json",
         "report.md", "samples", "wandb",
     }  # fmt: skip
     assert {p.name for p in (runs / "smoke" / "samples").iterdir()} >= {"final.png", "step-000002.png"}

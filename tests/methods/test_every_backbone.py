@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from itertools import product
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,11 +23,19 @@ from lightning_prune.module import PruningModule
 from lightning_prune.protocols import InputError
 from tests.backbones import BACKBONES, Backbone, TinyData
 
-methods.discover()
-METHODS = sorted(
-    (cls for cls in PruningModule.__subclasses__() if cls.__module__.startswith("lightning_prune.methods.")),
-    key=lambda cls: cls.__name__,
-)
+PACKAGES = [
+    import_module(f"{methods.__name__}.{found.name}") for found in iter_modules(methods.__path__) if found.ispkg
+]
+EXPORTED = [getattr(package, name) for package in PACKAGES for name in package.__all__]
+METHODS = sorted((found for found in EXPORTED if issubclass(found, PruningModule)), key=lambda cls: cls.__name__)
+
+
+def gates(backbone: Backbone) -> dict[str, Any]:
+    """Settings of methods that search for gates."""
+    unet = {"granularity": "coarse", "cache_mode": "output"} if backbone.component == "unet" else {}
+    return {"sampler": backbone.sampler(), "budget": 0.75, "compare": [], **unet}
+
+
 # A method needs an entry only where its defaults are too large for a tiny network.
 SETTINGS: dict[str, Callable[[Backbone], dict[str, Any]]] = {
     "Dense": lambda backbone: {"label_dropout": 0.5},
@@ -37,12 +47,8 @@ SETTINGS: dict[str, Callable[[Backbone], dict[str, Any]]] = {
         "recipe": Recipe(allocation="uniform", stages=1),
         "probe_images": 1,
     },
-    "DiPGO": lambda backbone: {
-        "sampler": backbone.sampler(),
-        "budget": 0.75,
-        "compare": [],
-        **({"granularity": "coarse", "cache_mode": "output"} if backbone.component == "unet" else {}),
-    },
+    "DiPGO": lambda backbone: gates(backbone),
+    "GateRule": lambda backbone: {**gates(backbone), "search": "random-gates"},
 }
 REFUSALS = {
     (entry["family"], entry["method"]): entry["reason"]

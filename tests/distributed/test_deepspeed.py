@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed import smoke
+from tests.distributed.smoke import INVARIANT, checkpoint, close, metrics
+
 pytestmark = [
     pytest.mark.deepspeed,
     pytest.mark.skipif(
@@ -25,7 +21,7 @@ RAMP = {
     "class_path": "lightning_prune.callbacks.SparsityRamp",
     "init_args": {"chain": ["3:4", "2:4"], "reached_at": 0.5},
 }
-INVARIANT = {"class_path": "lightning_prune.callbacks.MaskInvariant"}
+ON_CPU = {"DS_ACCELERATOR": "cpu"}
 STAGES = (1, 2, 3)
 
 
@@ -33,46 +29,13 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
     return {"class_path": "tests.distributed.zero_on_cpu.ZeroOnCPU", "init_args": {"stage": stage, **settings}}
 
 
-def command(root: Path, name: str, strategy: Any, *arguments: str, config: str = "sparsedm_dit", **change: Any) -> Any:
-    """Fit a smoke config in two processes of one thread each; what came of it."""
-    content = yaml.safe_load((ROOT / "configs" / "smoke" / f"{config}.yaml").read_text())
-    content["run"] = {"root": str(root), "name": name, "wandb": "disabled"}
-    if config == "sparsedm_dit":
-        content["model"]["init_args"]["decay"] = 0.05  # strong enough that a run without it differs
-        content["trainer"]["callbacks"] = [RAMP, INVARIANT]
-    content["trainer"] |= {"devices": 2, "strategy": strategy, "enable_progress_bar": False, **change}
-    file = root / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_prune", "fit", "--config", str(file), *arguments], cwd=ROOT, check=False,
-        capture_output=True, text=True, timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
-
-
 def fit(root: Path, name: str, strategy: Any, *arguments: str, **settings: Any) -> Path:
-    done = command(root, name, strategy, *arguments, **{"gradient_clip_val": 0.5, **settings})
-    assert done.returncode == 0, done.stderr[-4000:]
-    return root / name
-
-
-def metrics(run: Path, *names: str) -> list[float]:
-    with (run / "metrics.csv").open() as stream:
-        return [float(row[name]) for row in csv.DictReader(stream) for name in names if row.get(name)]
-
-
-def checkpoint(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    return found
-
-
-def close(a: dict[Any, Any], b: dict[Any, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        if isinstance(value, dict):
-            close(value, b[name])
-        elif isinstance(value, torch.Tensor):
-            assert torch.allclose(value, b[name], rtol=1e-4, atol=1e-5), name
+    given = {"gradient_clip_val": 0.5, "environment": ON_CPU, **settings}
+    if "config" not in settings:
+        # A decay strong enough that a run without it differs.
+        arguments = ("--model.init_args.decay", "0.05", *arguments)
+        given = {"callbacks": [RAMP, INVARIANT], **given}
+    return smoke.fit(root, name, strategy, *arguments, **given)
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -153,6 +116,7 @@ def test_accumulated_gradients_are_divided_once(root: Path) -> None:
 
 
 def test_optimizers_of_whole_weights_are_refused(root: Path) -> None:
-    done = command(root, "muon", zero(2), "--model.init_args.optimizer", "timm.optim.Muon")
+    optimizer = ("--model.init_args.optimizer", "timm.optim.Muon")
+    done = smoke.command(root, "muon", zero(2), *optimizer, environment=ON_CPU)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "model.optimizer: Muon under DeepSpeed" in done.stderr

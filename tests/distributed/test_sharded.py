@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "smoke"
+from tests.distributed.smoke import INVARIANT, checkpoint, close, fit, metrics
+
 REPORT = {
     "class_path": "lightning_prune.callbacks.EfficiencyReport",
     "init_args": {"samples": 120, "steps": 1, "protocol": "smoke", "timed_images": 2, "timed_repeats": 1},
 }
-
-INVARIANT = {"class_path": "lightning_prune.callbacks.MaskInvariant"}
-
-
-def fit(root: Path, name: str, strategy: str, *arguments: str, config: str = "sparsedm_dit", **change: Any) -> Path:
-    """Fit a smoke config in two processes of one thread each; its run folder."""
-    content = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
-    content["run"] = {"root": str(root), "name": name, "wandb": "disabled"}
-    content["trainer"] |= {"devices": 2, "strategy": strategy, "enable_progress_bar": False, **change}
-    file = root / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(content))
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_prune", "fit", "--config", str(file), *arguments],
-        capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return root / name
-
-
-def metrics(run: Path, *names: str) -> list[float]:
-    with (run / "metrics.csv").open() as stream:
-        return [float(row[name]) for row in csv.DictReader(stream) for name in names if row.get(name)]
-
-
-def checkpoint(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    return found
-
-
-def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert torch.allclose(tensor, b[name], rtol=1e-4, atol=1e-5), name
 
 
 @pytest.fixture(scope="module")

@@ -146,10 +146,9 @@ class DiPGO(PruningModule):
             denoiser, granularity, cache_mode, process, sampler, checkpoint_blocks=checkpoint_blocks, reuse=reuse
         )
         solve([[0.0] * len(graph)] * self.problem.steps, graph, costs, min(self.budgets), whole_steps=whole_steps)
-        shape = (self.problem.steps, len(graph) + self.step_gates)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, 3))
-            self.pruner = ScoreTable(*shape) if pruner == "table" else QueryPruner(*shape, encoder=encoder)
+            self.pruner = ScoreTable(*self._shape) if pruner == "table" else QueryPruner(*self._shape, encoder=encoder)
         self.teacher = Teacher(lambda ids, cond: self._dense_images(ids, cond))
         self._recent: deque[Batch] = deque(maxlen=_RECENT)
         self._refined: dict[float, tuple[Row, ...]] = {}

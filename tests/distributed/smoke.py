@@ -13,8 +13,40 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_prune.methods.sparsedm import SparseDM
+from lightning_prune.module import Batch
+from lightning_prune.seeds import derive
+
 ROOT = Path(__file__).parents[2]
+RAMP = {
+    "class_path": "lightning_prune.callbacks.SparsityRamp",
+    "init_args": {"chain": ["3:4", "2:4"], "reached_at": 0.5},
+}
 INVARIANT = {"class_path": "lightning_prune.callbacks.MaskInvariant"}
+
+
+class BothShares(SparseDM):
+    """One process that computes what two would: their samples, their noise and the mean of their gradients."""
+
+    def step_generator(self, stream: int, index: int) -> torch.Generator:
+        self._position = (stream, index)
+        return super().step_generator(stream, index)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        stream, index = self._position
+        found = []
+        for rank in range(2):
+            own = torch.Generator().manual_seed(derive(self.seed, stream, index, rank))
+            found.append(super().loss({name: share(value, rank, self.training) for name, value in batch.items()}, own))
+        mean = (found[0][0] + found[1][0]) / 2
+        if self.training:  # while training, the first of two processes logs its own loss
+            mean = found[0][0].detach() + mean - mean.detach()
+        return mean, found[0][1]
+
+
+def share(values: torch.Tensor, rank: int, training: bool) -> torch.Tensor:
+    """What a process of two gets of a global batch: samples in turn, or whole batches where nothing is shuffled."""
+    return values[rank::2] if training else values.chunk(2)[rank]
 
 
 def command(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.smoke import INVARIANT, checkpoint, close, fit, metrics
+from tests.distributed.smoke import INVARIANT, RAMP, checkpoint, close, fit, metrics
 
 REPORT = {
     "class_path": "lightning_prune.callbacks.EfficiencyReport",
@@ -30,6 +30,24 @@ def replicated(root: Path) -> Path:
 def sharded(root: Path) -> Path:
     """With every callback of the smoke config: grids, distances and reports need the network in one piece."""
     return fit(root, "fsdp2", "fsdp2", gradient_clip_val=0.5)
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> Path:
+    both = ("--model.class_path", "tests.distributed.smoke.BothShares", "--data.init_args.batch_size", "16")
+    return fit(root, "alone", "auto", *both, devices=1, gradient_clip_val=0.5, callbacks=[RAMP, INVARIANT])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_does(strategy: str, alone: Path, request: pytest.FixtureRequest) -> None:
+    """On equal samples and noise: losses, and what they come to in weights and averages."""
+    run = request.getfixturevalue({"ddp": "replicated", "fsdp2": "sharded"}[strategy])
+    for name in ("loss", "val_loss", "denoise_loss", "distill_loss"):
+        found = metrics(run, name)
+        assert len(found) >= 2
+        assert found == pytest.approx(metrics(alone, name), rel=1e-4), name
+    for key in ("state_dict", "current_model_state"):
+        close(checkpoint(run)[key], checkpoint(alone)[key])
 
 
 def test_losses_and_masks(replicated: Path, sharded: Path) -> None:

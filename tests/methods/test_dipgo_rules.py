@@ -11,7 +11,15 @@ from lightning_prune.blocks import BlockCosts, GateSchedule
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.dipgo import GateRule
-from lightning_prune.methods.dipgo.controls import Control, GateProblem, kept_steps, rule, shallow
+from lightning_prune.methods.dipgo.controls import (
+    Control,
+    GateProblem,
+    as_whole_steps,
+    kept_steps,
+    rule,
+    shallow,
+)
+from lightning_prune.methods.dipgo.refine import refined
 from lightning_prune.methods.dipgo.rules import bred, shut_alone
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.budget import solve
@@ -58,6 +66,39 @@ def test_the_kept_steps_of_a_schedule_of_whole_steps_are_its_own() -> None:
     assert sampler.timesteps == (999, 699, 199)
     with pytest.raises(InputError, match="out of reach"):
         rule("whole-steps", given, 0.05)
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.35, 0.5])
+@pytest.mark.parametrize("kind", [("fine", "output"), ("half", "residual")])
+def test_the_dearest_steps_in_full_and_a_part_of_the_next(budget: float, kind: Any) -> None:
+    given = problem(tiny_unet if kind[0] == "fine" else tiny_dit, *kind)
+    draw = random.Random(3)
+    scores = [[draw.random() for _ in given.graph.names] for _ in range(10)]
+    rows = solve(scores, given.graph, given.costs, 0.6)
+    found = as_whole_steps(given, rows, scores, budget)
+    gate = max(given.costs.blocks) / (10 * given.costs.dense)
+    assert budget - gate < given.costs.kept(found) <= budget + 1e-12
+    full = {step for step, row in enumerate(found) if all(row)}
+    assert len(full) == given.affordable_steps(budget)
+    left = [given.costs.step(rows[step]) for step in range(10) if step not in full]
+    assert min(given.costs.step(rows[step]) for step in full - {0}) >= max(left)
+    assert sum(map(any, found)) - len(full) <= 1
+    assert all(given.graph.running(row) == row for row in found)
+
+
+def test_refining_begins_with_the_best_start_and_stays_within_a_gate_of_the_budget() -> None:
+    given = problem(tiny_dit, "half", "residual")
+    draw = random.Random(4)
+    wanted = [[draw.random() for _ in given.graph.names] for _ in range(10)]
+    loss = distance_from(wanted)
+    starts = [solve([[draw.random() for _ in row] for row in wanted], given.graph, given.costs, 0.4) for _ in range(3)]
+    best = min(loss(given.schedule(rows)) for rows in starts)
+    unchanged = refined(loss, given, starts, 0.4, 0, random.Random(0))
+    assert loss(given.schedule(unchanged)) == best
+    found = refined(loss, given, starts, 0.4, 200, random.Random(0))
+    assert loss(given.schedule(found)) < best
+    gate = max(given.costs.blocks) / (10 * given.costs.dense)
+    assert 0.4 - gate <= given.costs.kept(found) <= 0.4
 
 
 def distance_from(best: list[list[float]]) -> Any:

@@ -76,10 +76,34 @@ def control(
 def kept_steps(problem: GateProblem, schedule: GateSchedule, count: int) -> Sampler:
     """The sampler on the `count` steps that a schedule keeps most MACs of, the first among them."""
     visited = make_solver(problem.sampler, problem.process).timesteps.tolist()
-    weight = [problem.costs.step(row) for row in schedule.rows]
-    best = sorted(range(1, len(visited)), key=lambda step: (-weight[step], step))[: count - 1]
-    chosen = sorted({0, *best})
+    chosen = sorted(_by_cost(problem, schedule.rows)[:count])
     return replace(problem.sampler, steps=len(chosen), timesteps=tuple(int(visited[step]) for step in chosen))
+
+
+def _by_cost(problem: GateProblem, rows: Sequence[Row]) -> list[int]:
+    """The first step, and after it the others by what they cost, dearest first."""
+    weight = [problem.costs.step(row) for row in rows]
+    return [0, *sorted(range(1, len(rows)), key=lambda step: (-weight[step], step))]
+
+
+def as_whole_steps(
+    problem: GateProblem, rows: Sequence[Row], scores: Sequence[Sequence[float]], budget: float
+) -> tuple[Row, ...]:
+    """The steps that a schedule keeps most of in full, and with what is left of the budget a part of the next one.
+
+    Args:
+        problem: blocks, costs and sampler.
+        rows: the schedule, whose first step is full.
+        scores: by which the blocks of that part are chosen [T][N].
+        budget: fraction of MACs that is not exceeded.
+    """
+    order, count = _by_cost(problem, rows), problem.affordable_steps(budget)
+    full, allowed = set(order[:count]), set(order[: count + 1])
+    none = (False,) * len(problem.graph)
+    within = [problem.graph.full() if step in allowed else none for step in range(len(rows))]
+    most = 1 + max(abs(score) for row in scores for score in row)
+    certain = [[1e3 * most] * len(none) if step in full else list(row) for step, row in enumerate(scores)]
+    return solve(certain, problem.graph, problem.costs, budget, within=within)
 
 
 def rule(name: Control, problem: GateProblem, budget: float, seed: int = 0) -> GateSchedule:

@@ -24,7 +24,7 @@ from lightning_prune.diffusion.unroll import Unroll
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.export.gates import GATES, GateFile, fingerprint, solver_config
 from lightning_prune.methods.dipgo.consistency import ConsistencyLoss, consistency
-from lightning_prune.methods.dipgo.controls import Control, GateProblem, control
+from lightning_prune.methods.dipgo.controls import Control, GateProblem, as_whole_steps, control, rule
 from lightning_prune.methods.dipgo.gate_sampling import (
     DrawnGates,
     budgeted_gates,
@@ -273,8 +273,16 @@ class DiPGO(PruningModule):
         found = {}
         for budget, rows in chosen.items():
             chance = random.Random(derive(self.seed, 8, round(1e6 * budget)))
-            found[budget] = refined(loss, self.problem, rows, budget, self.refine, chance, self.whole_steps)
+            starts = [rows, *(self._whole(rows, budget) if self.whole_steps else [])]
+            found[budget] = refined(loss, self.problem, starts, budget, self.refine, chance, self.whole_steps)
         return found
+
+    def _whole(self, rows: Sequence[Row], budget: float) -> list[tuple[Row, ...]]:
+        """Schedules of whole steps: those that `rows` keeps most of, and even ones."""
+        with torch.no_grad():
+            scores = self._scores()[:, : len(self.problem.graph)].float().cpu().tolist()
+        even = rule("whole-steps", self.problem, budget).rows
+        return [as_whole_steps(self.problem, found, scores, budget) for found in (rows, even)]
 
     def measured(self, batches: Sequence[Batch]) -> Callable[[GateSchedule], float]:
         """The consistency of a schedule's samples, a mean over the batches of all processes."""

@@ -9,37 +9,43 @@ from lightning_prune.blocks import GateSchedule, Row
 from lightning_prune.methods.dipgo.controls import GateProblem
 
 _NEAR = 3  # steps that a row moves at most
-_MOVES = 0.7  # share of trials that move a row; the others trade one gate for another
+_MOVES = 0.8  # share of trials that move a row; the others trade one gate for another
 
 
 def refined(
     loss: Callable[[GateSchedule], float],
     problem: GateProblem,
-    rows: Sequence[Row],
+    starts: Sequence[Sequence[Row]],
     budget: float,
     trials: int,
     chance: random.Random,
     whole_steps: bool = True,
 ) -> tuple[Row, ...]:
-    """The best of a schedule and of what `trials` small changes make of it, one after the other, within the budget.
+    """The best of some schedules, and of what `trials` small changes make of it, one after the other.
 
-    A change swaps the rows of two near steps, or shuts a gate and opens another.
+    A change swaps the rows of two near steps, or shuts a gate and opens another. What is found keeps no more MACs
+    than the budget, and within a gate no fewer than the best start.
 
     Args:
         loss: consistency of a schedule's samples.
         problem: blocks, costs and sampler.
-        rows: the schedule to begin with.
+        starts: schedules to begin with, within the budget.
         budget: fraction of MACs that no trial exceeds.
         trials: schedules that are measured.
         chance: draws the changes.
         whole_steps: whether a step may be skipped altogether.
     """
-    best, least = tuple(rows), loss(problem.schedule(rows))
-    limit = max(budget, problem.costs.kept(rows)) * (1 + 1e-12)
+    least, best = min(((loss(problem.schedule(rows)), tuple(rows)) for rows in starts), key=lambda found: found[0])
+    gate = max(problem.costs.blocks) / (problem.costs.dense * len(best))
+    low, high = (1 - 1e-12) * (budget - gate), max(budget, problem.costs.kept(best)) * (1 + 1e-12)
+    low = min(low, problem.costs.kept(best))
+    known = {tuple(map(tuple, rows)) for rows in starts}
     for _ in range(trials):
         changed = _moved(best, chance) if chance.random() < _MOVES else _traded(best, problem, chance)
-        if problem.costs.kept(changed) > limit or (not whole_steps and not all(map(any, changed))):
+        allowed = whole_steps or all(map(any, changed))
+        if changed in known or not allowed or not low <= problem.costs.kept(changed) <= high:
             continue
+        known.add(changed)
         found = loss(problem.schedule(changed))
         if found < least:
             best, least = changed, found
@@ -47,9 +53,17 @@ def refined(
 
 
 def _moved(rows: tuple[Row, ...], chance: random.Random) -> tuple[Row, ...]:
-    """Two near steps with their rows swapped."""
-    one = chance.randrange(1, len(rows))
-    other = one + chance.choice([d for d in range(-_NEAR, _NEAR + 1) if d and 1 <= one + d < len(rows)] or [0])
+    """A step that runs anything and a near one that runs something else, with their rows swapped."""
+    near = [d for d in range(-_NEAR, _NEAR + 1) if d]
+    pairs = [
+        (one, one + d)
+        for one in range(1, len(rows))
+        for d in near
+        if any(rows[one]) and 1 <= one + d < len(rows) and rows[one + d] != rows[one]
+    ]
+    if not pairs:
+        return rows
+    one, other = chance.choice(pairs)
     swapped = list(rows)
     swapped[one], swapped[other] = rows[other], rows[one]
     return tuple(swapped)

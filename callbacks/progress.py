@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +88,7 @@ class StepProgress(ProgressBar):
         self._stop()
 
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Any]:
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show a task of `total` parts; yields a function that advances it by a number of parts."""
         standing = self._progress is not None
         progress = self._start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -23,7 +24,7 @@ from lightning_prune.diffusion.samplers import OnStep, sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.macs import Ledger, count_denoiser
-from lightning_prune.protocols import InputError, Plan, ResultHook
+from lightning_prune.protocols import InputError, Plan, ResultHook, TaskBar
 from lightning_prune.pruning.frozen import Frozen, Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
@@ -220,6 +221,11 @@ class PruningModule(pl.LightningModule):
         All processes call it together. None of the networks is sharded, so one process alone may compute with them.
         """
         return {"result": Variant(self.whole_denoiser())}
+
+    def progress(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show work of `total` parts on the trainer's progress bar, where it can; yields what advances it."""
+        bar = self.trainer.progress_bar_callback
+        return bar.task(description, total) if isinstance(bar, TaskBar) else nullcontext(lambda parts: None)
 
     # Planned
 

@@ -6,7 +6,8 @@ Nothing here imports from the rest of the package, so every layer may import thi
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -212,6 +213,14 @@ class ResultHook(Protocol):
     """A callback that works on the final weights, after averaging has put them in place."""
 
     def on_result(self, trainer: Any, pl_module: Any) -> None: ...
+
+
+@runtime_checkable
+class TaskBar(Protocol):
+    """A progress bar that shows tasks beside the training."""
+
+    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show a task of `total` parts; what it yields advances it by a number of parts."""
 
 
 class ReferenceData(Protocol):

@@ -274,7 +274,10 @@ class DiPGO(PruningModule):
         for budget, rows in chosen.items():
             chance = random.Random(derive(self.seed, 8, round(1e6 * budget)))
             starts = [rows, *(self._whole(rows, budget) if self.whole_steps else [])]
-            found[budget] = refined(loss, self.problem, starts, budget, self.refine, chance, self.whole_steps)
+            with self.progress(f"refining at {budget:g}", self.refine) as advance:
+                found[budget] = refined(
+                    loss, self.problem, starts, budget, self.refine, chance, self.whole_steps, advance
+                )
         return found
 
     def _whole(self, rows: Sequence[Row], budget: float) -> list[tuple[Row, ...]]:

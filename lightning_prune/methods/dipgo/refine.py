@@ -20,6 +20,7 @@ def refined(
     trials: int,
     chance: random.Random,
     whole_steps: bool = True,
+    advance: Callable[[int], None] = lambda trials: None,
 ) -> tuple[Row, ...]:
     """The best of some schedules, and of what `trials` small changes make of it, one after the other.
 
@@ -34,6 +35,7 @@ def refined(
         trials: schedules that are measured.
         chance: draws the changes.
         whole_steps: whether a step may be skipped altogether.
+        advance: told of every trial.
     """
     least, best = min(((loss(problem.schedule(rows)), tuple(rows)) for rows in starts), key=lambda found: found[0])
     gate = max(problem.costs.blocks) / (problem.costs.dense * len(best))
@@ -41,6 +43,7 @@ def refined(
     low = min(low, problem.costs.kept(best))
     known = {tuple(map(tuple, rows)) for rows in starts}
     for _ in range(trials):
+        advance(1)
         changed = _moved(best, chance) if chance.random() < _MOVES else _traded(best, problem, chance)
         allowed = whole_steps or all(map(any, changed))
         if changed in known or not allowed or not low <= problem.costs.kept(changed) <= high:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_prune.metrics.latency import Arms, interleaved_seconds
+from lightning_prune.metrics.latency import Arms, call_memory, interleaved_seconds
 from lightning_prune.metrics.machine import machine, versions
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -53,6 +53,14 @@ def cell(arms: Arms, repeats: int, against: str = "dense") -> dict[str, Any]:
         if name != against
     }
     return {"arms": {name: summary(times) for name, times in seconds.items()}, "ratio": ratios}
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that a call allocates at its peak beyond what is there before; None without CUDA, or if it fails."""
+    try:
+        return call_memory(call, device)
+    except RuntimeError:
+        return None
 
 
 def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -13,9 +13,17 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tables import ROOT, Job, Row, Table, distance_cell, interval, run_table
+
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.diffusion.models.unet2d import UNet2D
+from lightning_prune.metrics.macs import Convention, count_denoiser
+from lightning_prune.protocols import Sparsity
+from lightning_prune.pruning.masks import select_units
 
 SEEDS = (0, 1, 2)
 STEPS = {"fashion_dit": 300, "fashion_unet": 200}
@@ -220,15 +228,15 @@ def _job(network: str, variant: str, config: str, seed: int, tier: str) -> Job:
 def markdown(table: Table) -> str:
     """A table for each protocol: distance, and the paired difference from the dense fine-tuned network of the seed."""
     protocols = dict.fromkeys((row["fd_fashion"]["protocol"], row["fd_fashion"]["samples"]) for row in table.rows)
-    return "\n\n".join(_of_protocol(table, *protocol) for protocol in protocols)
+    return "\n\n".join([*(_of_protocol(table, *protocol) for protocol in protocols), conventions()])
 
 
 def _of_protocol(table: Table, protocol: str, samples: int) -> str:
     lines = [
         f"Protocol {protocol}, {samples:,} images:",
         "",
-        "| network | variant | seed | fd_fashion (95 %) | less dense fine-tuned, paired | MACs an image |",
-        "|---|---|---|---|---|---|",
+        "| network | variant | seed | fd_fashion (95 %) | less dense fine-tuned, paired | MACs | flips | minutes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(table, row) for row in table.rows if row["fd_fashion"]["protocol"] == protocol]
     return "\n".join(lines)
@@ -240,7 +248,26 @@ def _line(table: Table, row: Row) -> str:
     controls = [other for other in table.rows if (other["network"], other["seed"], other["variant"]) == wanted]
     paired = table.difference(row, controls[0]) if controls and controls[0] is not row else None
     cells = [row["network"], row["variant"], str(row["seed"]), distance_cell(row), interval(paired)]
-    return f"| {' | '.join(cells)} | {row['macs_per_image'] / 1e9:.2f} G |"
+    flips = f"{100 * row['flip_rate']:.3f} %" if row.get("flip_rate") is not None and row["target"] != "4:4" else ""
+    cells += [f"{row['macs_per_image'] / 1e9:.2f} G", flips, f"{row['minutes']:g}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def conventions() -> str:
+    """What 2:4 keeps of a call's MACs, in every convention."""
+    lines = ["| network | convention | dense, MACs a call | kept under 2:4 |", "|---|---|---|---|"]
+    for network, denoiser in (("fashion_dit", DiT(weights="embedded:fashion_dit")), ("fashion_unet", _unet())):
+        ledger = count_denoiser(denoiser)
+        units = select_units(denoiser.anatomy(), None, denoiser.default_dense(), 4)
+        masks = {unit.name: Sparsity(2, 4) for unit in units}
+        for convention in get_args(Convention):
+            share = float(ledger.kept_share(masks, convention))
+            lines.append(f"| {network} | {convention} | {ledger.macs(convention) / 1e6:.2f} M | {100 * share:.2f} % |")
+    return "\n".join(lines)
+
+
+def _unet() -> Denoiser:
+    return UNet2D(weights="embedded:fashion_unet")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ of different runs that were drawn from equal seeds.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import shlex
@@ -215,10 +216,19 @@ def _run(table: Table, job: Job, runs: Path, device: str) -> bool:
         "minutes": round((time.monotonic() - began) / 60, 1),
         "command": f"lightning_prune {shlex.join(command)}".replace(f"{ROOT}/", ""),
         "commit": _commit(),
+        **final_flip_rate(folder / "metrics.csv"),
     }
     report = json.loads((folder / "report.json").read_text())
     table.add(job, report, load_file(folder / "report-influence.safetensors"), facts)
     return True
+
+
+def final_flip_rate(metrics: Path) -> Row:
+    """The mean share of masks that flip at a step, over the last tenth of the steps it was logged at; or nothing."""
+    with metrics.open() as stream:
+        logged = [float(row["flip_rate"]) for row in csv.DictReader(stream) if row.get("flip_rate")]
+    last = logged[-max(1, len(logged) // 10) :]
+    return {"flip_rate": sum(last) / len(last)} if last else {}
 
 
 def _commit() -> str:

@@ -136,3 +136,11 @@ def test_jobs_of_every_table_name_configs_that_exist_and_rows_once(name: str) ->
     assert all(order.index(one.after) < order.index(one.name) for one in found if one.after is not None)
     core = sum(one.minutes for one in found if one.tier == "core")
     assert core <= 10.5 * 60, "a core table takes about ten hours of two cores"
+
+
+def test_the_flip_rate_at_the_end_is_that_of_the_last_tenth(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,flip_rate\n" + "".join(f"{i},{i}\n{i},\n" for i in range(20)))
+    assert tables.final_flip_rate(file) == {"flip_rate": 18.5}
+    file.write_text("step,loss\n1,2\n")
+    assert tables.final_flip_rate(file) == {}

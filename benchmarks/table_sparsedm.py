@@ -46,6 +46,8 @@ EXTENSION = {
     "gradual-magnitude": "baselines/gradual-magnitude.yaml",
     "random-nm": "baselines/random-nm.yaml",
     "fixed-nm": "baselines/fixed-nm.yaml",
+    "sparsedm-progressive-fifths": "sparsedm/fashion_dit_progressive_fifths.yaml",
+    "sparsedm-distilled-fifths": "sparsedm/fashion_dit_progressive_fifths.yaml",
     "sparsedm-freeze": "sparsedm/fashion_dit_freeze.yaml",
     "sparsedm-several": "sparsedm/fashion_dit_several.yaml",
     "sparsedm-features": "sparsedm/fashion_dit_features.yaml",
@@ -211,7 +213,7 @@ def _job(network: str, variant: str, config: str, seed: int, tier: str) -> Job:
     beside = {}
     if variant == "asp-retrained":
         beside = {"one-shot 2:4": "one-shot", FEWER_STEPS[network]: "fewer-steps"}
-    distilled = ("--model.noise_weight=0.0",) if variant == "sparsedm-distilled" else ()
+    distilled = ("--model.noise_weight=0.0",) if "distilled" in variant else ()
     return Job(
         name=f"{network}-{variant}-{seed}",
         network=network,

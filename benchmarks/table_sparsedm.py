@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -49,7 +50,6 @@ EXTENSION = {
     "sparsedm-progressive-fifths": "sparsedm/fashion_dit_progressive_fifths.yaml",
     "sparsedm-distilled-fifths": "sparsedm/fashion_dit_progressive_fifths.yaml",
     "sparsedm-freeze": "sparsedm/fashion_dit_freeze.yaml",
-    "sparsedm-several": "sparsedm/fashion_dit_several.yaml",
     "sparsedm-features": "sparsedm/fashion_dit_features.yaml",
     "sparsedm-min-snr": "sparsedm/fashion_dit_min_snr.yaml",
     "sparsedm-guided": "sparsedm/fashion_dit_guided.yaml",
@@ -94,6 +94,13 @@ def jobs() -> Iterator[Job]:
             yield _small(network, seed)
     for variant, config in EXTENSION.items():
         yield _job("fashion_dit", variant, config, 0, "extension")
+    yield _several()
+    yield replace(
+        _job("fashion_dit", "sparsedm-fixed-7:8", "sparsedm/fashion_dit_fixed.yaml", 0, "extension"),
+        rows={"sparsedm 7:8": "sparsedm-fixed-7:8"},
+        target="7:8",
+        options=(*_options("fashion_dit", []), "--model.sparsity=7:8"),
+    )
     for network in STEPS:
         yield _one_shot(
             network, "calibrated-one-shot", "calibrated one-shot at 2:4", "baselines/calibrated-one-shot.yaml"
@@ -154,6 +161,15 @@ def _single(variant: str, config: str, minutes: float, options: tuple[str, ...] 
         options=options,
         tier="extension",
         minutes=minutes,
+    )
+
+
+def _several() -> Job:
+    """One set of weights for dense, 7:8 and 2:4, to be held against runs of one ratio each."""
+    rows = {f"sparsedm at {name}": f"sparsedm-several-at-{name}" for name in ("dense", "7:8")}
+    job = _job("fashion_dit", "sparsedm-several", "sparsedm/fashion_dit_several.yaml", 0, "extension")
+    return replace(
+        job, rows={**rows, **job.rows}, options=_options("fashion_dit", rows), minutes=3 * MINUTES["fashion_dit"]
     )
 
 

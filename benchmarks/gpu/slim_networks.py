@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
@@ -41,9 +42,8 @@ def thinner(denoiser: Denoiser, share: float) -> tuple[Denoiser, float]:
     """The denoiser with a share of every width gone, and the share of its MACs that is left."""
     groups = list(denoiser.groups())
     widths = {g.name: Width(tuple(range(max(1, round((1 - share) * g.units))))) for g in groups}
-    thin = type(denoiser).__new__(type(denoiser))
-    thin.__dict__ = dict(denoiser.__dict__)
-    thin._modules = {**denoiser._modules, "network": slim(denoiser.network, groups, widths)}
+    thin = sharing_copy(denoiser)
+    thin.network = slim(denoiser.network, groups, widths)
     return thin, count_denoiser(thin).macs() / count_denoiser(denoiser).macs()
 
 

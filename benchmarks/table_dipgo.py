@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import ROOT, Job, Row, Table, distance_cell, interval, run_table
+from tables import ROOT, UNTIMED, Job, Row, Table, distance_cell, interval, run_table
 
 SEEDS = (0, 1, 2)
 STEPS = {"fashion_dit": 50, "fashion_unet": 20}
@@ -69,7 +69,7 @@ def _search(network: str, config: str, budget: float, seed: int, tier: str = "co
         target=f"{budget:g}",
         seed=seed,
         config=config,
-        options=(f"--model.budget={budget:g}", _scored(beside, seed == 0)),
+        options=(f"--model.budget={budget:g}", _scored(beside, seed == 0), *UNTIMED),
         tier=tier,
         minutes=MINUTES[network],
     )
@@ -85,7 +85,7 @@ def _other(variant: str, config: str, options: tuple[str, ...], budget: float) -
         target=f"{budget:g}",
         seed=0,
         config=config,
-        options=(f"--model.budget={budget:g}", "--model.compare=[]", *options, _scored([])),
+        options=(f"--model.budget={budget:g}", "--model.compare=[]", *options, _scored([]), *UNTIMED),
         tier="extension",
         minutes=8.0,
     )

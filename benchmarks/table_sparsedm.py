@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import ROOT, Job, Row, Table, distance_cell, interval, run_table
+from tables import ROOT, UNTIMED, Job, Row, Table, distance_cell, interval, run_table
 
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.models.dit import DiT
@@ -127,6 +127,7 @@ def _training(network: str, rows: Iterable[str] = ()) -> tuple[str, ...]:
         "--model.warmup_steps=20",
         "--model.ema_decay=0.98",
         f"--trainer.callbacks.init_args.rows={json.dumps(list(rows))}",
+        *UNTIMED,
     )
 
 

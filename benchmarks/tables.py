@@ -26,6 +26,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# Seconds of a run beside others mean nothing, so the report, the last callback of a config, spends none on them.
+UNTIMED = ("--trainer.callbacks.init_args.timed_images=1", "--trainer.callbacks.init_args.timed_repeats=1")
 KEY = ("network", "variant", "target", "seed", "sample_seed")
 Row = dict[str, Any]
 

@@ -68,11 +68,9 @@ class LatentDecoder:
             InputError: no such autoencoder, or weights that are missing or cut.
         """
         with _as_key():
-            place = autoencoder_place(self.pipeline).get("subfolder", "")
-            folder = Path(self.pipeline) if Path(self.pipeline).is_dir() else _download(self.pipeline, place)
-            files = sorted((folder / place).glob(f"{_STEM}*.safetensors"))
+            files = sorted(self._folder.glob(f"{_STEM}*.safetensors"))
             if not files:
-                raise InputError(f"pipeline: {folder / place}: no {_STEM}.safetensors in it")
+                raise InputError(f"pipeline: {self._folder}: no {_STEM}.safetensors in it")
             for file in files:
                 _check_whole(file)
 
@@ -96,9 +94,14 @@ class LatentDecoder:
         return {"scale": scale, "shift": shift}
 
     @cached_property
+    def _folder(self) -> Path:
+        place = autoencoder_place(self.pipeline).get("subfolder", "")
+        return (Path(self.pipeline) if Path(self.pipeline).is_dir() else _download(self.pipeline, place)) / place
+
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration of the autoencoder."""
-        return autoencoder_config(self.pipeline)
+        return autoencoder_config(str(self._folder))
 
     def picture_shape(self, latent: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape of the picture [C, H, W] of a latent [C, h, w]; None where the configuration does not tell."""
@@ -114,7 +117,7 @@ class LatentDecoder:
     def network(self) -> Any:
         """The autoencoder, loaded when it is first asked for."""
         with _as_key():
-            network = load_autoencoder(self.pipeline)
+            network = load_autoencoder(str(self._folder))
             if self.tiled and not hasattr(network, "enable_tiling"):
                 raise InputError(f"tiled: {type(network).__name__} does not decode in tiles")
         if self.tiled:

@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from lightning_prune.protocols import InputError
@@ -51,24 +52,17 @@ def components(pipeline: str) -> dict[str, Any]:
             return {}
         raise InputError(f"pipeline: {folder}: neither model_index.json nor config.json in it")
     with _named(pipeline, "model_index.json"):
-        if folder.is_dir():
-            stored: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
-            return stored
-        try:
-            return dict(diffusers.DiffusionPipeline.load_config(pipeline))
-        except OSError:
-            if _on_hub_alone(pipeline):
-                return {}
-            raise
+        stored: dict[str, Any] = json.loads((folder / "model_index.json").read_text()) if folder.is_dir() else {}
+        return stored or _components_on_hub(pipeline)
 
 
-def _on_hub_alone(repository: str) -> bool:
-    """Whether it holds a network of its own, as those of improved autoencoders do."""
+def _components_on_hub(repository: str) -> dict[str, Any]:
     try:
-        diffusers.AutoencoderKL.load_config(repository)
+        stored: dict[str, Any] = json.loads(Path(hf_hub_download(repository, "model_index.json")).read_text())
     except OSError:
-        return False
-    return True
+        hf_hub_download(repository, "config.json")  # autoencoders that replace a pipeline's own lie alone
+        return {}
+    return stored
 
 
 def autoencoder_place(pipeline: str) -> dict[str, str]:

@@ -308,9 +308,7 @@ def harm(root: Path, what: str) -> Path:
         ("nothing", ""),
     ],
 )
-def test_a_decoder_that_does_not_fit(
-    what: str, words: str, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_decoder_that_does_not_fit(what: str, words: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of(finished)
     folder = harm(finished, what)
     config["data"]["init_args"]["decoder"]["pipeline"] = str(folder)
@@ -346,9 +344,10 @@ def test_a_grid_of_every_text_family(name: str, tmp_path: Path) -> None:
     write_source(tmp_path, name)
     latents = cache(tmp_path, *([] if name == "sdxl" else [f"--max_tokens={T5_TOKENS}"]))
     backbone = family(name)
-    null = {} if name == "sdxl" else {"null_prompt": str(latents / "null_prompt.safetensors")}
     arguments: dict[str, Any] = {k: v for k, v in backbone.arguments.items() if k == "sample_size"}
-    denoiser = backbone.family(weights=str(tmp_path / "pipeline"), **arguments, **null)
+    if name != "sdxl":
+        arguments["null_prompt"] = str(latents / "null_prompt.safetensors")
+    denoiser = backbone.family(weights=str(tmp_path / "pipeline"), **arguments)
     module = SparseDM(denoiser, backbone.process(), sparsity="2:4", ema_decay=None, seed=0)
     data = CachedLatents(str(latents), LatentDecoder(str(tmp_path / "pipeline")), batch_size=4, seed=0)
     sampler: Any = "flow-euler" if backbone.is_flow else "ddim"

@@ -97,7 +97,8 @@ def pictures(name: str, pipeline: Any, noise: Tensor) -> Tensor:
     given: dict[str, Any] = {"guidance_scale": SCALE, "latents": noise}
     if name == "flux":
         packed = pipeline._pack_latents(noise, len(noise), 4, LATENT, LATENT)
-        given = {"true_cfg_scale": SCALE, "negative_prompt": [""] * len(CAPTIONS), "guidance_scale": 3.5, "latents": packed}
+        given = {"true_cfg_scale": SCALE, "guidance_scale": 3.5, "latents": packed}
+        given["negative_prompt"] = [""] * len(CAPTIONS)
         given["sigmas"] = [1.0, 0.001]  # its own are spaced otherwise
     if name == "sdxl":
         given["negative_prompt"] = None  # zeros, as it was trained

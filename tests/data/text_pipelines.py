@@ -35,7 +35,8 @@ def save_pipeline(name: str, folder: Path) -> Path:
         pipeline = backbone.pipeline(network)
     if isinstance(pipeline, StableDiffusionPipeline) and name == "sd21":
         pipeline.scheduler.register_to_config(prediction_type="v_prediction")
-    pipeline.register_modules(vae=autoencoder(shifted=name in ("sd3", "flux")), **_text_parts(name, folder.parent / f"{folder.name}-files"))
+    words = _text_parts(name, folder.parent / f"{folder.name}-files")
+    pipeline.register_modules(vae=autoencoder(shifted=name in ("sd3", "flux")), **words)
     pipeline.save_pretrained(folder)
     return folder
 
@@ -100,7 +101,8 @@ def clip(width: int, projection: int | None = None) -> Any:
         eos_token_id=len(words) - 1,
         pad_token_id=len(words) - 1,
     )
-    return (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config).eval()
+    encoder: Any = (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config)
+    return encoder.eval()
 
 
 def t5_tokenizer() -> Any:
@@ -118,4 +120,5 @@ def t5(width: int) -> Any:
     config = T5Config(
         vocab_size=4 + len(LETTERS), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
     )
-    return T5EncoderModel(config).eval()
+    encoder: Any = T5EncoderModel(config)
+    return encoder.eval()

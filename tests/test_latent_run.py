@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +205,24 @@ def test_rows_are_paired(finished: Path) -> None:
             assert row["fd_test_vit"]["value"] == pytest.approx(values[row["name"]], rel=1e-3)
 
 
+def test_two_processes_draw_the_same(finished: Path) -> None:
+    config = config_of(finished)
+    config["run"] |= {"root": str(finished / "two")}
+    config["trainer"] |= {"callbacks": config["trainer"]["callbacks"][2:], "devices": 2, "strategy": "ddp"}
+    (finished / "two.yaml").write_text(yaml.safe_dump(config))
+    checkpoint = finished / "runs" / "sd" / "checkpoints" / "last.ckpt"
+    command = ["test", "--config", str(finished / "two.yaml"), "--ckpt_path", str(checkpoint)]
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_prune", *command], capture_output=True, text=True, timeout=400, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = json.loads((finished / "two" / "sd" / "report-test.json").read_text()), report_of(finished)
+    assert two["protocols"] == one["protocols"]
+    for ours, theirs in zip(two["rows"], one["rows"], strict=True):
+        assert ours["fd_test_vit"]["value"] == pytest.approx(theirs["fd_test_vit"]["value"], rel=1e-4)
+
+
 def test_predict_writes_pictures(finished: Path) -> None:
     config = config_of(finished)
     config["trainer"]["callbacks"] = []
@@ -243,12 +264,47 @@ def test_decoded_pictures_are_those_of_the_autoencoder(finished: Path) -> None:
     assert str(finished) not in real.identity, "the same wherever it lies"
 
 
+DIPGO = {"sampler": {"name": "ddim", "steps": STEPS, "guidance": GUIDANCE}, "granularity": "coarse",
+         "cache_mode": "output", "budget": 0.75, "compare": []}  # fmt: skip
+MOSAICDIFF = {"steps": STEPS, "guidance": GUIDANCE, "target": 0.05, "probe_images": 1,
+              "recipe": {"allocation": "uniform", "stages": 1}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "length"),
+    [
+        ("dipgo.DiPGO", DIPGO, {"max_steps": 1}),
+        ("mosaicdiff.MosaicDiff", MOSAICDIFF, {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 1}),
+    ],
+    ids=["dipgo", "mosaicdiff"],
+)
+def test_the_other_methods_report_too(
+    method: str, settings: dict[str, Any], length: dict[str, int], finished: Path
+) -> None:
+    config = config_of(finished)
+    model, name = config["model"], method.partition(".")[0]
+    kept = {key: model["init_args"][key] for key in ("denoiser", "process")}
+    config["model"] = {"class_path": f"lightning_prune.methods.{method}", "init_args": {**kept, **settings}}
+    config["run"]["name"] = name
+    config["trainer"] |= {**length, "val_check_interval": None, "limit_val_batches": 0}
+    del config["trainer"]["callbacks"][1]
+    assert run(finished, config) == 0
+    report = json.loads((finished / "runs" / name / "report.json").read_text())
+    (ours,), (theirs,) = (found["protocols"].values() for found in (report, report_of(finished)))
+    assert [ours[key] == theirs[key] for key in ("prompts", "decoder", "reference")] == [True] * 3
+    assert all(row["fd_test_vit"]["value"] > 0 for row in report["rows"])
+    assert report["comparisons"][0]["mse"]["value"] > 0
+    assert grid(finished / "runs" / name / "samples" / "final.png").shape[1] == COLUMNS
+
+
 # What is refused, before anything is computed or written
 
 
-def refused(root: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], verb: str = "fit") -> str:
+def refused(
+    root: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], verb: str = "fit", *more: str
+) -> str:
     config["run"]["name"] = "refused"
-    assert run(root, config, verb) == 2
+    assert run(root, config, verb, *more) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning_prune: error:")]
     assert not (root / "runs" / "refused").exists()
     return line
@@ -309,10 +365,8 @@ def harm(root: Path, what: str) -> Path:
     ],
 )
 def test_a_decoder_that_does_not_fit(what: str, words: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = config_of(finished)
-    folder = harm(finished, what)
-    config["data"]["init_args"]["decoder"]["pipeline"] = str(folder)
-    line = refused(finished, config, capsys)
+    config, folder = config_of(finished), harm(finished, what)
+    line = refused(finished, config, capsys, "fit", f"--data.decoder.pipeline={folder}")
     assert "data.decoder.pipeline: " in line
     assert str(folder) in line
     assert words in line

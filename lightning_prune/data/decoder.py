@@ -68,10 +68,7 @@ class LatentDecoder:
             InputError: no such autoencoder, or weights that are missing or cut.
         """
         with _as_key():
-            files = sorted(self._folder.glob(f"{_STEM}*.safetensors"))
-            if not files:
-                raise InputError(f"pipeline: {self._folder}: no {_STEM}.safetensors in it")
-            for file in files:
+            for file in _weights(self._folder):
                 _check_whole(file)
 
     def check(self, root: Path, manifest: Manifest) -> None:
@@ -155,6 +152,16 @@ def _download(repository: str, place: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=["model_index.json", *(inside + p for p in patterns)]))
     except (OSError, ValueError) as error:
         raise InputError(f"pipeline: {repository}: neither a folder nor reachable on the hub") from error
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that diffusers reads: one, or the shards of one."""
+    whole = folder / f"{_STEM}.safetensors"
+    shards = folder.glob(f"{_STEM}-*-of-*.safetensors") if (folder / f"{whole.name}.index.json").exists() else ()
+    files = [whole] if whole.exists() else sorted(shards)
+    if not files:
+        raise InputError(f"pipeline: {folder}: no {whole.name} in it")
+    return files
 
 
 def _check_whole(file: Path) -> None:

@@ -411,6 +411,9 @@ def test_a_grid_of_every_text_family(name: str, tmp_path: Path) -> None:
     assert found.shape[1:] == (COLUMNS, PIXELS, PIXELS, 3)
     assert np.abs(found[0] - found[-1]).max() > 1, "dense and pruned"
     assert np.abs(found[0, 0] - found[0, 1]).max() > 1, "two samples"
+    _, predicted = module.predict_step(data.prompts(2), 0)
+    assert torch.isfinite(predicted).all()
+    assert predicted.shape == (2, 4, 8, 8)
 
 
 def test_a_report_of_a_latent_network_with_classes(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_prune.callbacks.capability import require
+from lightning_prune.callbacks.capability import check_sampling, require
 from lightning_prune.callbacks.progress import sampling_progress
 from lightning_prune.callbacks.stop_on_signal import stop_between_batches
+from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.solvers import Sampler, SamplerName
 from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings
 from lightning_prune.metrics.frechet import Distance
@@ -50,6 +51,7 @@ class DistanceEvaluation(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, ImageSampler, self)
+        check_sampling(trainer, pl_module, self.settings.sampler, self)
         self._evaluator = Evaluator(trainer.datamodule, self.measurement)  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, int]:
@@ -80,9 +82,9 @@ class DistanceEvaluation(Callback):
         assert self._evaluator is not None
         with torch.random.fork_rng(devices=[]), sampling_progress(trainer, "sampling", settings.samples) as advance:
 
-            def draw(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            def draw(ids: torch.Tensor, cond: Condition) -> torch.Tensor:
                 stop_between_batches(trainer)
-                images = module.sample_images(ids, labels, settings.sampler)
+                images = module.sample_images(ids, cond, settings.sampler)
                 advance(len(ids))
                 return images
 

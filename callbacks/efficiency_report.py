@@ -15,10 +15,11 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
-from lightning_prune.callbacks.capability import require
+from lightning_prune.callbacks.capability import check_sampling, require
 from lightning_prune.callbacks.progress import sampling_progress
 from lightning_prune.callbacks.run_record import RunRecord
 from lightning_prune.callbacks.stop_on_signal import stop_between_batches
+from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler, SamplerName
@@ -38,6 +39,7 @@ from lightning_prune.export.report import (
     write_report,
 )
 from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings, Score
+from lightning_prune.metrics.samples import conditions_of
 from lightning_prune.protocols import InputError, SparsityControl, VariantSource
 
 
@@ -101,6 +103,7 @@ class EfficiencyReport(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, VariantSource, self)
+        check_sampling(trainer, pl_module, self.settings.sampler, self)
         self._others = {name: load(folder) for name, folder in self.beside.items()}
         self._evaluator = Evaluator(trainer.datamodule, self.measurement)  # type: ignore[attr-defined]
 
@@ -158,10 +161,10 @@ class EfficiencyReport(Callback):
         settings, world = self.settings, trainer.world_size
         with sampling_progress(trainer, "evaluating", settings.samples * len(variants)) as advance:
 
-            def draw(variant: Variant, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            def draw(variant: Variant, ids: torch.Tensor, cond: Condition) -> torch.Tensor:
                 stop_between_batches(trainer)
                 sampler = variant.sampler or settings.sampler
-                images = sample_images(variant.denoiser, source.process, ids, labels, sampler, settings.seed)
+                images = sample_images(variant.denoiser, source.process, ids, cond, sampler, settings.seed)
                 advance(len(ids) * world)
                 return images
 
@@ -177,8 +180,9 @@ class EfficiencyReport(Callback):
         name: str,
     ) -> dict[str, Any]:
         process, folder = require(pl_module, VariantSource, self).process, Path(trainer.default_root_dir)
-        sampler = self.settings.sampler
-        seconds = seconds_per_image(variants, process, sampler, self.timed_images, self.timed_repeats)
+        sampler, first = self.settings.sampler, next(iter(variants.values())).denoiser
+        cond = conditions_of(self.evaluator.data, torch.arange(self.timed_images), first.num_classes)
+        seconds = seconds_per_image(variants, process, sampler, self.timed_images, self.timed_repeats, cond)
         rows = [row(key, self.scores[key], found[key], seconds[key], v.sampler) for key, v in variants.items()]
         method = type(pl_module).__name__.lower()
         report = build_report(method, _config(trainer), rows, self.scores, self.evaluator.floor())
@@ -208,6 +212,10 @@ def _notes(report: Mapping[str, Any], found: Mapping[str, Cost]) -> list[str]:
         notes.append(
             "MACs under N:M are theoretical here: without a sparse kernel the masked network takes as long as the "
             "dense one, as the measured seconds say"
+        )
+    if any("decoder" in protocol for protocol in report["protocols"].values()):
+        notes.append(
+            "MACs and seconds are those of sampling latents; decoding them costs every row the same and is left out"
         )
     return notes
 

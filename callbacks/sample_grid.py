@@ -13,21 +13,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from lightning_prune.callbacks.capability import require
+from lightning_prune.callbacks.capability import check_sampling, require
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler, SamplerName
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.metrics.evaluation import balanced_labels
+from lightning_prune.metrics.samples import conditions_of, pictures_of
 from lightning_prune.protocols import VariantSource
 
 
 class SampleGrid(Callback):
     """Write `samples/step-<n>.png` at validation and `samples/final.png` at the end, and log both to W&B.
 
-    A row per network: the last is the one that trains, those above it are what it is compared with.
+    A row per network: the last is the one that trains, those above it are what it is compared with. A column is a
+    class, or the prompt of a held-out sample.
 
     Args:
-        columns: samples a row; one class after the other.
+        columns: samples a row; one class, or held-out prompt, after the other.
         steps: sampling steps.
         guidance: guidance scale; 1 is none.
         every_n_validations: validation passes between grids.
@@ -49,6 +50,7 @@ class SampleGrid(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, VariantSource, self)
+        check_sampling(trainer, pl_module, self.sampler, self)
 
     def state_dict(self) -> dict[str, int]:
         return {"passes": self._passes}
@@ -75,17 +77,18 @@ class SampleGrid(Callback):
         if rows is not None and len(variants) > rows:
             variants = [variants[0], variants[-1]]
         with torch.random.fork_rng(devices=[]):
-            images = torch.cat([self._row(module, variant) for _, variant in variants])
+            images = torch.cat([self._row(trainer, module, variant) for _, variant in variants])
         grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=self.columns, padding=2, pad_value=0.5)
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         save_image(grid, folder / f"{name}.png")
         self._log(trainer, name, grid, [row for row, _ in variants])
 
-    def _row(self, module: VariantSource, variant: Variant) -> Tensor:
-        ids = torch.arange(self.columns)
-        labels = balanced_labels(self.columns, variant.denoiser.num_classes)
-        return sample_images(variant.denoiser, module.process, ids, labels, variant.sampler or self.sampler).cpu()
+    def _row(self, trainer: pl.Trainer, module: VariantSource, variant: Variant) -> Tensor:
+        ids, data = torch.arange(self.columns), getattr(trainer, "datamodule", None)
+        cond = conditions_of(data, ids, variant.denoiser.num_classes)
+        samples = sample_images(variant.denoiser, module.process, ids, cond, variant.sampler or self.sampler)
+        return pictures_of(data, samples).cpu()
 
     def _log(self, trainer: pl.Trainer, name: str, grid: Tensor, rows: list[str]) -> None:
         for logger in trainer.loggers:

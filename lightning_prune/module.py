@@ -158,9 +158,9 @@ class PruningModule(pl.LightningModule):
         self.log(name, loss, prog_bar=True, sync_dist=True, batch_size=len(batch["x"]))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Sample ids [B] and images [B, C, H, W] in [-1, 1] for the labels of the batch."""
-        ids = batch["id"].cpu()
-        return ids, self.sample_images(ids, move(batch["cond"], "cpu"), Sampler())
+        """Sample ids [B] and images [B, C, H, W] in [-1, 1], or latents, for the conditions of the batch."""
+        ids, sampler = batch["id"].cpu(), Sampler("flow-euler" if self.process.is_flow else "ddim")
+        return ids, self.sample_images(ids, move(batch["cond"], "cpu"), sampler)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self._optimizer.value([p for p in self.parameters() if p.requires_grad])

@@ -233,6 +233,31 @@ class ReferenceData(Protocol):
         """An object with `images` uint8 [N, C, H, W] and `labels` int64 [N]."""
 
 
+@dataclass(frozen=True)
+class RealImages:
+    """Real images of a split.
+
+    Attributes:
+        images: uint8 [N, C, H, W], as a tensor or as something that gives one when sliced.
+        name: which they are, in words.
+        identity: what tells them from others, where that is known without reading them; None for their bytes.
+    """
+
+    images: Any
+    name: str
+    identity: str | None = None
+
+
+@runtime_checkable
+class LatentData(Protocol):
+    """Data whose samples are latents: what is shown and compared are the pictures that `decoder` makes of them."""
+
+    decoder: Any
+
+    def real_images(self, split: Any) -> RealImages:
+        """Real pictures of a split, or decoded latents of such."""
+
+
 @runtime_checkable
 class CostModel(Protocol):
     """Something that knows the multiply-accumulates of one network call, by layer."""

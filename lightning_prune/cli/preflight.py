@@ -81,7 +81,7 @@ def _missing(key: str, value: Any) -> str | None:
     *folders, name = key.split(".")
     if not isinstance(value, str):
         return None
-    if name == "weights":
+    if name == "weights" or (folders[-1:] == ["decoder"] and name == "pipeline"):
         return _missing_weights(value)
     if name == "extractor" and value == "inception" and not cached_file().exists():
         return f"{cached_file()} is missing; lightning_prune prefetch inception"

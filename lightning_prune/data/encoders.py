@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from lightning_prune.protocols import InputError
@@ -40,10 +41,10 @@ def _named(pipeline: str, part: str) -> Iterator[None]:
 
 
 def components(pipeline: str) -> dict[str, Any]:
-    """The parts of a pipeline by name, from its `model_index.json`; empty for a folder that holds an autoencoder.
+    """The parts of a pipeline by name, from its `model_index.json`; empty where there is an autoencoder alone.
 
     Raises:
-        InputError: neither a folder of either kind nor a pipeline on the hub.
+        InputError: neither a folder of either kind nor a repository of either on the hub.
     """
     folder = Path(pipeline)
     if folder.is_dir() and not (folder / "model_index.json").exists():
@@ -51,10 +52,73 @@ def components(pipeline: str) -> dict[str, Any]:
             return {}
         raise InputError(f"pipeline: {folder}: neither model_index.json nor config.json in it")
     with _named(pipeline, "model_index.json"):
-        if folder.is_dir():
-            stored: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
-            return stored
-        return dict(diffusers.DiffusionPipeline.load_config(pipeline))
+        stored: dict[str, Any] = json.loads((folder / "model_index.json").read_text()) if folder.is_dir() else {}
+        return stored or _components_on_hub(pipeline)
+
+
+def _components_on_hub(repository: str) -> dict[str, Any]:
+    try:
+        stored: dict[str, Any] = json.loads(Path(hf_hub_download(repository, "model_index.json")).read_text())
+    except OSError:
+        hf_hub_download(repository, "config.json")  # autoencoders that replace a pipeline's own lie alone
+        return {}
+    return stored
+
+
+def autoencoder_place(pipeline: str) -> dict[str, str]:
+    """Where the autoencoder of a pipeline is: its subfolder, or nothing for a folder that holds it alone.
+
+    Raises:
+        InputError: a pipeline without one.
+    """
+    parts = components(pipeline)
+    if parts and not (parts.get("vae") or [None])[0]:
+        named = ", ".join(name for name, part in parts.items() if isinstance(part, list | tuple) and part[0])
+        raise InputError(f"pipeline: {pipeline}: no vae in it, but {named}")
+    return {"subfolder": "vae"} if parts else {}
+
+
+def autoencoder_config(pipeline: str) -> dict[str, Any]:
+    """The configuration of a pipeline's autoencoder; no weights are read.
+
+    Raises:
+        InputError: there is none, or a network of another kind.
+    """
+    where = autoencoder_place(pipeline)
+    with _named(pipeline, "vae"):
+        config = dict(diffusers.AutoencoderKL.load_config(pipeline, **where))
+        name = str(config.get("_class_name"))
+        if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
+            raise InputError(f"pipeline: {pipeline}: holds a {name}, expected an autoencoder of diffusers")
+    return config
+
+
+def load_autoencoder(pipeline: str) -> Any:
+    """The autoencoder of a pipeline, or of a folder of its own, in evaluation mode and without gradients.
+
+    Raises:
+        InputError: there is none, or its weights are missing or damaged.
+    """
+    config, where = autoencoder_config(pipeline), autoencoder_place(pipeline)
+    with _named(pipeline, "vae"):
+        network = getattr(diffusers, config["_class_name"]).from_pretrained(pipeline, use_safetensors=True, **where)
+    return network.eval().requires_grad_(False)
+
+
+def latent_factors(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Scale and shift of an autoencoder's latents, a value a channel or one for all: (latent - shift) scale."""
+    factor, deviations = float(config.get("scaling_factor") or 1.0), config.get("latents_std")
+    scale = [factor] if deviations is None else [factor / value for value in deviations]
+    return scale, list(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
+
+
+def fingerprint(network: Any) -> str:
+    """Checksum of all weights of a network."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class LatentEncoder:
@@ -70,31 +134,14 @@ class LatentEncoder:
     """
 
     def __init__(self, pipeline: str, device: torch.device | str = "cpu") -> None:
-        parts = components(pipeline)
-        if parts and not (parts.get("vae") or [None])[0]:
-            named = ", ".join(name for name, part in parts.items() if isinstance(part, list | tuple) and part[0])
-            raise InputError(f"pipeline: {pipeline}: no vae in it, but {named}")
-        where = {"subfolder": "vae"} if parts else {}
-        with _named(pipeline, "vae"):
-            config = diffusers.AutoencoderKL.load_config(pipeline, **where)
-            name = str(config.get("_class_name"))
-            if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
-                raise InputError(f"pipeline: {pipeline}: holds a {name}, expected an autoencoder of diffusers")
-            network = getattr(diffusers, name).from_pretrained(pipeline, use_safetensors=True, **where)
-        self.network: Any = network.eval().requires_grad_(False).to(device)
+        self.network: Any = load_autoencoder(pipeline).to(device)
         self.device = torch.device(device)
-        stored = network.config
-        self.scale = _per_channel(stored.get("scaling_factor") or 1.0, divided_by=stored.get("latents_std"))
-        self.shift = list(stored.get("latents_mean") or [stored.get("shift_factor") or 0.0])
+        self.scale, self.shift = latent_factors(self.network.config)
 
     @property
     def fingerprint(self) -> str:
         """Checksum of all weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.network)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> dict[str, Tensor]:
@@ -111,10 +158,6 @@ class LatentEncoder:
         if hasattr(encoded, "latent_dist"):
             return {"mean": encoded.latent_dist.mean.cpu(), "std": encoded.latent_dist.std.cpu()}
         return {"mean": encoded.latent.cpu()}
-
-
-def _per_channel(factor: float, divided_by: Sequence[float] | None) -> list[float]:
-    return [float(factor)] if divided_by is None else [factor / value for value in divided_by]
 
 
 class TextEncoder:

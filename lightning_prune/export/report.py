@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.metrics.evaluation import Score, balanced_labels
+from lightning_prune.metrics.evaluation import Score
 from lightning_prune.metrics.frechet import Distance, paired_difference
 from lightning_prune.metrics.latency import interleaved_medians
 from lightning_prune.metrics.machine import versions
@@ -84,14 +85,17 @@ def baked_copy(denoiser: Denoiser) -> Denoiser:
 
 
 def seconds_per_image(
-    variants: Mapping[str, Variant], process: Process, sampler: Sampler, images: int, repeats: int
+    variants: Mapping[str, Variant], process: Process, sampler: Sampler, images: int, repeats: int, cond: Condition
 ) -> dict[str, float]:
-    """Median seconds an image of each network, all in one interleaved measurement on baked weights."""
-    ids, labels = torch.arange(images), balanced_labels(images, next(iter(variants.values())).denoiser.num_classes)
+    """Median seconds an image of each network, all in one interleaved measurement on baked weights.
+
+    As many `images` as `cond` has conditions are drawn at once.
+    """
+    ids = torch.arange(images)
 
     def arm(variant: Variant) -> Any:
         plain = baked_copy(variant.denoiser)
-        return lambda: sample_images(plain, process, ids, labels, variant.sampler or sampler)
+        return lambda: sample_images(plain, process, ids, cond, variant.sampler or sampler)
 
     medians = interleaved_medians({name: arm(variant) for name, variant in variants.items()}, repeats)
     return {name: seconds / images for name, seconds in medians.items()}
@@ -195,6 +199,9 @@ def to_markdown(report: Mapping[str, Any], notes: Sequence[str]) -> str:
         f"{protocol['steps']} steps, guidance {protocol['guidance']:g}, {protocol['weights']} weights; "
         f"interval: {protocol['interval']}; hash {next(iter(report['protocols']))}",
     ]
+    lines += [f"* {key}: {protocol[key]}" for key in ("prompts", "decoder") if key in protocol]
+    if "decoder" in protocol:
+        lines.append(f"* compared with: {protocol['reference']}")
     if protocol["rank_deficient"]:
         lines.append("* rank-deficient: no more samples than features, so the distance says little")
     return "\n".join(lines) + "\n"

@@ -45,11 +45,18 @@ class Drift:
         return {name: _mean(values) for name, values in self.measures().items()}
 
 
-def drift(images: Tensor, dense: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> Drift:
-    """Compare sampler outputs [N, C, H, W] with those of the dense network for the same ids.
+def drift(
+    images: Tensor,
+    dense: Tensor,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    latents: tuple[Tensor, Tensor] | None = None,
+) -> Drift:
+    """Compare images [N, C, H, W] with those of the dense network for the same ids.
 
-    `perceptual` gives LPIPS [N] of two sets of images in [-1, 1].
+    `perceptual` gives LPIPS [N] of two sets of images in [-1, 1]. Where images were decoded, `latents` are what the
+    sampler gave for both.
     """
+    drawn, drawn_dense = latents or (images, dense)
     ours, theirs = to_uint8(images).float(), to_uint8(dense).float()
     error = (ours - theirs).square().flatten(1).mean(dim=1).clamp(min=_ROUNDING)
     ssim = structural_similarity_index_measure(ours, theirs, data_range=255.0, reduction="none")
@@ -57,7 +64,7 @@ def drift(images: Tensor, dense: Tensor, perceptual: Callable[[Tensor, Tensor], 
     return Drift(
         psnr=(10 * torch.log10(255**2 / error)).cpu(),
         ssim=ssim.reshape(-1).cpu(),
-        mse=(images - dense).square().flatten(1).mean(dim=1).cpu(),
+        mse=(drawn - drawn_dense).square().flatten(1).mean(dim=1).cpu(),
         lpips=None if perceptual is None else perceptual(images, dense).cpu(),
     )
 

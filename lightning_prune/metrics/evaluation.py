@@ -1,9 +1,9 @@
-"""Score networks: draw balanced conditional samples from equal noise, compare their features with a reference."""
+"""Score networks: draw conditional samples from equal noise, compare their features with a reference."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.metrics.drift import Drift, drift, joined
@@ -22,13 +23,28 @@ from lightning_prune.metrics.inception_score import inception_score
 from lightning_prune.metrics.kid import kernel_distance
 from lightning_prune.metrics.lpips import Lpips
 from lightning_prune.metrics.protocol import Protocol
-from lightning_prune.metrics.reference import Reference, cached_reference, compute_reference, read_reference
+from lightning_prune.metrics.reference import (
+    Reference,
+    cached_reference,
+    compute_reference,
+    extract_all,
+    read_reference,
+)
+from lightning_prune.metrics.samples import (
+    conditions_of,
+    decoder_of,
+    pictures_of,
+    prompts_of,
+    real_images,
+    require_pictures,
+)
 from lightning_prune.pixels import to_uint8
-from lightning_prune.protocols import InputError, ReferenceData
+from lightning_prune.protocols import InputError, LatentData, RealImages, ReferenceData
 from lightning_prune.world import World
 
-Draw = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[Tensor, Condition], Tensor]
 DEFAULT_EXTRACTOR = "fashion_classifier"
+_IMAGES_AT_ONCE = 800  # of those decoded as they are needed; whole batches of the extractors of natural images
 Further = Literal["kernel", "spatial", "inception_score", "precision_recall"]
 
 
@@ -60,7 +76,7 @@ class SamplingSettings:
     """How samples are drawn.
 
     Args:
-        samples: number of samples; labels are balanced over the classes.
+        samples: number of samples; labels are balanced over the classes, prompts are those of held-out samples.
         sampler: solver, steps and guidance.
         seed: seed of the starting noise.
         batch_size: samples drawn at once, by one process.
@@ -111,6 +127,14 @@ class Score:
         }
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What a sampler gave for a batch, and the pictures in it."""
+
+    samples: Tensor
+    pictures: Tensor
+
+
 @dataclass
 class _Part:
     """What one batch gives of one network."""
@@ -132,25 +156,31 @@ class Evaluator:
     """
 
     def __init__(self, data: ReferenceData, measurement: Measurement | None = None) -> None:
+        require_pictures(data, "a distance")
         chosen = measurement or Measurement()
         self.data, self.measurement = data, chosen
         self.perceptual = Lpips(chosen.lpips_weights) if chosen.lpips_weights else None
         self.extractor: FeatureExtractor = load_extractor(chosen.extractor, chosen.weights)
         if self.extractor.name == DEFAULT_EXTRACTOR and getattr(data, "name", None) != "fashion":
-            raise InputError(f"data: fd_fashion compares with Fashion-MNIST, got {type(data).__name__}")
+            raise InputError(
+                f"data: fd_fashion compares with Fashion-MNIST, got {type(data).__name__}; choose another "
+                "measurement.extractor"
+            )
         if chosen.reference is not None:
             _ = self._reference  # a wrong file is refused before a run begins, not after it
 
     def to(self, device: torch.device | str) -> Evaluator:
         """Move the networks that evaluate."""
         self.extractor.to(device)
+        if isinstance(self.data, LatentData):
+            self.data.decoder.to(device)
         if self.perceptual is not None:
             self.perceptual.to(device)
         return self
 
-    def _reference_images(self) -> Tensor:
-        images: Tensor = self.data.split("reference").images[: self.measurement.reference_samples]
-        return images
+    def _real(self, split: str) -> Iterator[Tensor]:
+        """Real images uint8 [n, C, H, W] of a split, in parts."""
+        return _parts(real_images(self.data, split).images, self.measurement.reference_samples)
 
     @cached_property
     def _reference(self) -> Reference:
@@ -158,12 +188,10 @@ class Evaluator:
         if self.measurement.reference is not None:
             file = Path(self.measurement.reference)
             return read_reference(file, self.extractor, self.measurement.reference_samples)
-        images = self._reference_images()
-        content = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-        name = f"{self.data.name} reference split, {len(images)} images, sha256 {content}"
+        name = _identified(real_images(self.data, "reference"), self.measurement.reference_samples)
         if self.extractor.name == DEFAULT_EXTRACTOR:
-            return compute_reference(self.extractor, images, name)
-        return cached_reference(self.extractor, name, lambda: images)
+            return compute_reference(self.extractor, self._real("reference"), name)
+        return cached_reference(self.extractor, name, lambda: self._real("reference"))
 
     @property
     def reference(self) -> Moments:
@@ -175,7 +203,7 @@ class Evaluator:
         """Features [N, D] of the reference images."""
         if (file := self.measurement.reference) is not None:
             raise InputError(f"further: {file} holds moments, but this measure needs reference images")
-        return self.extractor.extract(self._reference_images()).features
+        return extract_all(self.extractor, self._real("reference")).features
 
     def distance_of(self, images: Tensor) -> Distance:
         """The distance of uint8 `images` [N, C, H, W] from the reference."""
@@ -183,7 +211,7 @@ class Evaluator:
 
     def floor(self) -> Distance:
         """The distance of the held-out real images from the reference: no model can be expected below it."""
-        return self.distance_of(self.data.split("held_out").images[: self.measurement.reference_samples])
+        return distance(extract_all(self.extractor, self._real("held_out")).features, self.reference)
 
     def protocol(self, settings: SamplingSettings, process: Process, weights: str) -> Protocol:
         """The protocol of a score drawn with `settings` from networks trained on `process`."""
@@ -202,12 +230,14 @@ class Evaluator:
             weights=weights,
             resize=self.extractor.resize,
             rank_deficient=warn_if_rank_deficient(self.extractor.metric, settings.samples, self.extractor.dimensions),
+            prompts=prompts_of(self.data),
+            decoder=decoder_of(self.data),
         )
 
     def score(
         self, draws: Mapping[str, Draw], settings: SamplingSettings, process: Process, weights: str
     ) -> dict[str, Score]:
-        """Draw `settings.samples` images through each `draw(ids, labels)` and score them, by name.
+        """Draw `settings.samples` samples through each `draw(ids, conditions)` and score their images, by name.
 
         The first is what the others' drift is measured from. `weights` says which weights drew ("averaged" or
         "last"), for the protocol.
@@ -215,35 +245,39 @@ class Evaluator:
         Raises:
             InputError: images that are not finite.
         """
-        labels = balanced_labels(settings.samples, self.data.num_classes)
         batches = torch.arange(settings.samples).split(settings.batch_size)
         world = World.current()
-        own = {index: self._batch(draws, batches[index], labels[batches[index]]) for index in world.share(len(batches))}
+        own = {index: self._batch(draws, batches[index]) for index in world.share(len(batches))}
         parts = world.merge(own)
         protocol = self.protocol(settings, process, weights)
         return {name: self._joined([part[name] for part in parts], protocol) for name in draws}
 
-    def _batch(self, draws: Mapping[str, Draw], ids: Tensor, labels: Tensor) -> dict[str, _Part]:
+    def _batch(self, draws: Mapping[str, Draw], ids: Tensor) -> dict[str, _Part]:
+        cond = conditions_of(self.data, ids, self.data.num_classes)
         parts: dict[str, _Part] = {}
-        first: Tensor | None = None
+        first: _Drawn | None = None
         for name, draw in draws.items():
-            images = draw(ids, labels)
-            if not torch.isfinite(images).all():
+            samples = draw(ids, cond)
+            if not torch.isfinite(samples).all():
                 raise InputError("sampled images are not finite; the weights they were drawn with are broken")
-            parts[name] = self._part(images, labels, first)
-            first = images if first is None else first
+            drawn = _Drawn(samples, pictures_of(self.data, samples))
+            parts[name] = self._part(drawn, cond, first)
+            first = drawn if first is None else first
         return parts
 
-    def _part(self, images: Tensor, labels: Tensor, dense: Tensor | None) -> _Part:
-        found = self.extractor.extract(to_uint8(images))
+    def _part(self, drawn: _Drawn, cond: Condition, dense: _Drawn | None) -> _Part:
+        found = self.extractor.extract(to_uint8(drawn.pictures))
         hits = None
         if self.extractor.name == DEFAULT_EXTRACTOR and found.logits is not None:
-            hits = int((found.logits.argmax(dim=1) == labels).sum())
+            hits = int((found.logits.argmax(dim=1) == cond).sum())
         # Processes send each other what is kept here, so only what somebody asked for is.
         logits = found.logits if "inception_score" in self.measurement.further else None
         spatial = found.spatial if "spatial" in self.measurement.further else None
         found = Extracted(found.features, logits, spatial)
-        return _Part(found, hits, None if dense is None else drift(images, dense, self.perceptual))
+        return _Part(found, hits, None if dense is None else self._drift(drawn, dense))
+
+    def _drift(self, drawn: _Drawn, dense: _Drawn) -> Drift:
+        return drift(drawn.pictures, dense.pictures, self.perceptual, (drawn.samples, dense.samples))
 
     def _joined(self, parts: list[_Part], protocol: Protocol) -> Score:
         extracted = Extracted.concatenate([part.extracted for part in parts])
@@ -278,6 +312,30 @@ class Evaluator:
         if found.spatial is None or self._reference.spatial is None:
             raise InputError(f"further: {self.extractor.name} has no spatial features, so there is no sFID")
         return distance(found.spatial, self._reference.spatial)
+
+
+def _parts(images: Any, count: int | None) -> Iterator[Tensor]:
+    """The first `count` images; all at once where they are in memory already."""
+    if isinstance(images, Tensor):
+        yield images[:count]
+        return
+    end = len(images) if count is None else min(count, len(images))
+    for start in range(0, end, _IMAGES_AT_ONCE):
+        part: Tensor = images[start : min(start + _IMAGES_AT_ONCE, end)]
+        if len(part):
+            yield part
+
+
+def _identified(real: RealImages, count: int | None) -> str:
+    """Which images they are, in words that no other images share."""
+    if real.identity is not None:
+        found = len(real.images) if count is None else min(count, len(real.images))
+        return f"{real.name}, {found} images, {real.identity}"
+    digest, found = hashlib.sha256(), 0
+    for part in _parts(real.images, count):
+        digest.update(part.numpy().tobytes())
+        found += len(part)
+    return f"{real.name}, {found} images, sha256 {digest.hexdigest()}"
 
 
 def balanced_labels(samples: int, num_classes: int) -> Tensor:

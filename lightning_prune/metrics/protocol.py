@@ -31,6 +31,8 @@ class Protocol:
     resize: str = "none"
     rank_deficient: bool = False  # fewer samples than features: the covariance cannot be full
     interval: str = "infinitesimal jackknife, 95 %"
+    prompts: str | None = None  # which prompts samples are drawn for, where they are not drawn for classes
+    decoder: str | None = None  # what made pictures of latents
 
     @property
     def hash(self) -> str:
@@ -38,5 +40,5 @@ class Protocol:
         return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:12]
 
     def content(self) -> dict[str, Any]:
-        """The fields, for a report."""
-        return asdict(self)
+        """The fields, for a report; those that do not apply are left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}

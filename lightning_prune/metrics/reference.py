@@ -11,7 +11,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from lightning_prune.checksums import sha256
 from lightning_prune.files import written_whole
-from lightning_prune.metrics.extractors.base import FeatureExtractor, check_images, to_rgb
+from lightning_prune.metrics.extractors.base import Extracted, FeatureExtractor, check_images, to_rgb
 from lightning_prune.metrics.extractors.inception_weights import cache_folder
 from lightning_prune.metrics.frechet import Moments
 from lightning_prune.protocols import InputError
 
 Arrays = dict[str, Any]
+Images = Tensor | Iterable[Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,23 @@ class Reference:
     spatial: Moments | None = None
 
 
-def compute_reference(extractor: FeatureExtractor, images: Tensor, data: str) -> Reference:
+def extract_all(extractor: FeatureExtractor, images: Images) -> Extracted:
+    """Features of uint8 `images` [N, C, H, W], at once or in parts. Raises `InputError` if there are none."""
+    found = [extractor.extract(part) for part in ([images] if isinstance(images, Tensor) else images)]
+    if not found:
+        raise InputError(f"images: there are none that can be read, so none for {extractor.name}")
+    return Extracted.concatenate(found)
+
+
+def compute_reference(extractor: FeatureExtractor, images: Images, data: str) -> Reference:
     """Moments of uint8 `images` [N, C, H, W], described by `data`."""
-    extracted = extractor.extract(images)
+    extracted = extract_all(extractor, images)
     spatial = None if extracted.spatial is None else Moments.of(extracted.spatial)
     return _reference(extractor, data, Moments.of(extracted.features), spatial)
 
 
 def cached_reference(
-    extractor: FeatureExtractor, data: str, images: Callable[[], Tensor], folder: Path | None = None
+    extractor: FeatureExtractor, data: str, images: Callable[[], Images], folder: Path | None = None
 ) -> Reference:
     """The reference out of `folder` (by default the cache), computed from `images()` and stored there the first time.
 

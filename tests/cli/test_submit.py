@@ -17,6 +17,7 @@ from lightning_prune.cli.submit import SCRIPTS, render
 from lightning_prune.protocols import InputError
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "sparsedm_dit.yaml"
+LATENTS = {"class_path": "lightning_prune.data.CachedLatents"}
 
 
 def directives(script: str) -> dict[str, str]:
@@ -91,6 +92,7 @@ def test_what_was_rendered_keeps_every_other_line() -> None:
         ({"denoiser.weights": "embedded:nothing"}, "embedded:nothing"),
         ({"denoiser.weights": "nobody/nothing"}, "not in the cache of the hub"),
         ({"data": {"class_path": "lightning_prune.data.FashionMNIST", "init_args": {"root": "/no/data"}}}, "/no/data"),
+        ({"data": LATENTS | {"init_args": {"root": ".", "decoder": {"pipeline": "/no/vae"}}}}, "pipeline: /no/vae"),
         ({"measurement": {"reference": "/no/moments.npz"}}, "/no/moments.npz"),
         ({"measurement": {"extractor": "inception"}}, "prefetch inception"),
         ({"beside": {"other": "/no/artifact"}}, "/no/artifact"),

@@ -194,7 +194,7 @@ def _one_shot(network: str, variant: str, row: str, config: str, options: tuple[
         target="2:4",
         seed=0,
         config=config,
-        options=(*unet, *options, "--trainer.callbacks.init_args.rows=[]"),
+        options=(*unet, *options, "--trainer.callbacks.init_args.rows=[]", *UNTIMED),
         tier="extension",
         minutes=MINUTES[network],
     )
@@ -243,7 +243,12 @@ def _job(network: str, variant: str, config: str, seed: int, tier: str) -> Job:
 def markdown(table: Table) -> str:
     """A table for each protocol: distance, and the paired difference from the dense fine-tuned network of the seed."""
     protocols = dict.fromkeys((row["fd_fashion"]["protocol"], row["fd_fashion"]["samples"]) for row in table.rows)
-    return "\n\n".join([*(_of_protocol(table, *protocol) for protocol in protocols), conventions()])
+    legend = (
+        "Flips: mean share of mask entries that change in a step, over the last tenth of the steps, where the learning "
+        "rate is nearly 0. Minutes: the whole run, on a shared machine; rows of one run have the same. Rows named long "
+        "are paired with the long control."
+    )
+    return "\n\n".join([*(_of_protocol(table, *protocol) for protocol in protocols), legend, conventions()])
 
 
 def _of_protocol(table: Table, protocol: str, samples: int) -> str:
@@ -263,7 +268,8 @@ def _line(table: Table, row: Row) -> str:
     controls = [other for other in table.rows if (other["network"], other["seed"], other["variant"]) == wanted]
     paired = table.difference(row, controls[0]) if controls and controls[0] is not row else None
     cells = [row["network"], row["variant"], str(row["seed"]), distance_cell(row), interval(paired)]
-    flips = f"{100 * row['flip_rate']:.3f} %" if row.get("flip_rate") is not None and row["target"] != "4:4" else ""
+    trained = row["target"] != "4:4" and "one-shot" not in row["variant"] and row["variant"] != "fewer-steps"
+    flips = f"{row['flip_rate']:.0e}" if trained and "flip_rate" in row else ""
     cells += [f"{row['macs_per_image'] / 1e9:.2f} G", flips, f"{row['minutes']:g}"]
     return f"| {' | '.join(cells)} |"
 

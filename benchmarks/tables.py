@@ -26,7 +26,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-# Seconds of a run beside others mean nothing, so the report, the last callback of a config, spends none on them.
+# Seconds of a run beside others mean nothing, so the report, the last callback of a config, times one image alone.
 UNTIMED = ("--trainer.callbacks.init_args.timed_images=1", "--trainer.callbacks.init_args.timed_repeats=1")
 KEY = ("network", "variant", "target", "seed", "sample_seed")
 Row = dict[str, Any]
@@ -99,13 +99,15 @@ class Table:
         present = {_key(row) for row in self.rows}
         return all(_key(_identity(job, variant)) in present for variant in job.rows.values())
 
-    def add(self, job: Job, report: Row, influence: dict[str, Tensor], facts: Row) -> None:
-        """Take the rows of a finished run and write the table."""
+    def add(self, job: Job, report: Row, influence: dict[str, Tensor], facts: Row, again: bool = False) -> None:
+        """Take the rows of a finished run and write the table; `again` keeps the minutes of rows that are there."""
         by_name = {row["name"]: row for row in report["rows"]}
         first = report["rows"][0]
         dense = round(first["macs_per_image"] / first["macs_kept"])
         for name, variant in job.rows.items():
             row = self._row(job, variant, by_name[name], dense) | _drift(report, name) | facts
+            if known := [old for old in self.rows if _key(old) == _key(row) and again]:
+                row |= {"minutes": known[0]["minutes"]}
             self.rows = [old for old in self.rows if _key(old) != _key(row)] + [row]
             self.influence[_text(row)] = influence[name]
         self.rows.sort(key=lambda row: str(_key(row)))
@@ -130,6 +132,8 @@ class Table:
         """Paired difference of two rows of equal sample seeds with its 95 % interval; None where nothing pairs them."""
         a, b = self.influence.get(_text(row)), self.influence.get(_text(against))
         if a is None or b is None or len(a) != len(b) or row["sample_seed"] != against["sample_seed"]:
+            return None
+        if row["fd_fashion"]["protocol"] != against["fd_fashion"]["protocol"]:
             return None
         value = row["fd_fashion"]["value"] - against["fd_fashion"]["value"]
         margin = 1.96 * float((a - b).double().std()) / math.sqrt(len(a))
@@ -207,8 +211,8 @@ def _run(table: Table, job: Job, runs: Path, device: str) -> bool:
     command += ["--trainer.accelerator", "gpu"] if device == "cuda" else []
     checkpoint = folder / "checkpoints" / "last.ckpt"
     resumed = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
-    began = time.monotonic()
-    if not (folder / "report.json").exists():
+    began, again = time.monotonic(), (folder / "report.json").exists()
+    if not again:
         print(f"== {job.name}", flush=True)
         ended = subprocess.run([sys.executable, "-m", "lightning_prune", *command, *resumed], cwd=ROOT, check=False)
         if ended.returncode != 0:
@@ -221,7 +225,7 @@ def _run(table: Table, job: Job, runs: Path, device: str) -> bool:
         **final_flip_rate(folder / "metrics.csv"),
     }
     report = json.loads((folder / "report.json").read_text())
-    table.add(job, report, load_file(folder / "report-influence.safetensors"), facts)
+    table.add(job, report, load_file(folder / "report-influence.safetensors"), facts, again)
     return True
 
 

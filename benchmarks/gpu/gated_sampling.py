@@ -57,7 +57,8 @@ def main() -> int:
         return 0
     steps, batch = (6, 2) if options.toy else (50, 4)
     dtype = torch.float32 if options.toy else torch.bfloat16
-    denoiser = network("toy U-Net" if options.toy else "SD-1.5", device, dtype)
+    name = "toy U-Net" if options.toy else "SD-1.5"
+    denoiser = network(name, device, dtype)
     graph, costs = denoiser.blocks("fine").in_mode("output"), traced_costs(denoiser, "fine", "output")
     problem = GateProblem(graph, "output", costs, PROCESS, Sampler(steps=steps))
     schedules = {name: rule(name, problem, BUDGET) for name in RULES}
@@ -68,12 +69,12 @@ def main() -> int:
         found = attempt(
             lambda: cell({name: task.arm(arm, mode, batch) for name, arm in arms.items()}, repeats)  # noqa: B023
         )
-        cells.append({"network": "SD-1.5", "batch": batch, "steps": steps, "mode": mode, "macs_kept": kept, **found})
+        cells.append({"network": name, "batch": batch, "steps": steps, "mode": mode, "macs_kept": kept, **found})
         print(cells[-1], flush=True)
     step = search_step(denoiser, problem, 1)
     cells.append(
         {
-            "network": "SD-1.5, search",
+            "network": f"{name}, search",
             "batch": 1,
             "steps": steps,
             "peak_bytes": peak_bytes(step, device),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,9 @@ from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.models.dit import DiT
 from lightning_prune.diffusion.models.unet2d_condition import UNet2DCondition
 from lightning_prune.diffusion.models.uvit import UViT
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measure import attempt, cell
 
 _DIT_XL = {
     "num_attention_heads": 16,
@@ -76,3 +82,20 @@ def inputs(denoiser: Denoiser, batch: int) -> tuple[Tensor, Tensor, Condition]:
     x = torch.randn(batch, *denoiser.sample_shape, device=weight.device, dtype=weight.dtype)
     cond = denoiser.blank_condition(batch, weight.device)
     return x, torch.full((batch,), 500, device=weight.device), cond
+
+
+def one_call(denoiser: Denoiser, batch: int, compiled: bool) -> Callable[[], object]:
+    """One network call."""
+    given = inputs(denoiser, batch)
+    run: Any = torch.compile(denoiser, dynamic=False) if compiled else denoiser
+
+    @torch.no_grad()
+    def once() -> object:
+        return run(*given)
+
+    return once
+
+
+def timed(arms: Mapping[str, Denoiser], batch: int, compiled: bool, repeats: int) -> dict[str, Any]:
+    """A cell of one call of every arm."""
+    return attempt(lambda: cell({name: one_call(arm, batch, compiled) for name, arm in arms.items()}, repeats))

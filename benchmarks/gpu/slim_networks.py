@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/slim_networks.py
 
-Widths are cut evenly; which units go does not matter for time. `macs_kept` stands beside the ratio of seconds. Pruning
-is statistics of all layers in five stages on random latents, then the measured allocation's surgery at a third of the
-MACs; its second arm samples with the dense network.
+Widths are cut evenly; which units go does not matter for time. `macs_kept` stands beside the ratio of seconds.
+Pruning is statistics of all layers in five stages on random latents, then even surgery at a third of the MACs; what the
+measured allocation probes is not in it. It stands beside sampling with the dense network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lightning_prune.pruning.structural import Width, slim
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import attempt, cell, device_or_none, parser, peak_bytes, write
-from networks import inputs, network
+from networks import inputs, network, timed
 
 REMOVED = (0.25, 0.5)
 PROCESS = Process(clip_sample=False)
@@ -45,18 +45,6 @@ def thinner(denoiser: Denoiser, share: float) -> tuple[Denoiser, float]:
     thin = sharing_copy(denoiser)
     thin.network = slim(denoiser.network, groups, widths)
     return thin, count_denoiser(thin).macs() / count_denoiser(denoiser).macs()
-
-
-def call(denoiser: Denoiser, batch: int, compiled: bool) -> Callable[[], object]:
-    """One network call."""
-    given = inputs(denoiser, batch)
-    run: Any = torch.compile(denoiser, dynamic=False) if compiled else denoiser
-
-    @torch.no_grad()
-    def once() -> object:
-        return run(*given)
-
-    return once
 
 
 def prune(denoiser: Denoiser, steps: int, batches: int, batch: int) -> Callable[[], object]:
@@ -99,9 +87,7 @@ def main() -> int:
         thin = {f"{share:g} of widths gone": thinner(dense, share) for share in REMOVED}
         for compiled in (False,) if options.toy else (False, True):
             arms = {"dense": dense, **{arm: denoiser for arm, (denoiser, _) in thin.items()}}
-            found = attempt(
-                lambda: cell({arm: call(denoiser, batch, compiled) for arm, denoiser in arms.items()}, options.repeats)  # noqa: B023
-            )
+            found = timed(arms, batch, compiled, options.repeats)
             kept = {arm: share for arm, (_, share) in thin.items()}
             cells.append({"network": name, "batch": batch, "compiled": compiled, "macs_kept": kept, **found})
             print(cells[-1], flush=True)

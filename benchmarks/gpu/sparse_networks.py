@@ -9,10 +9,8 @@ second arm is the dense network with zeros.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,8 +20,8 @@ from lightning_prune.pruning.masks import select_units
 from lightning_prune.pruning.nm import nm_mask
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import attempt, cell, device_or_none, parser, write
-from networks import inputs, network
+from measure import device_or_none, parser, write
+from networks import network, timed
 
 LARGE = ("U-ViT-S/2", "U-ViT-L/2", "DiT-XL/2", "SD-1.5", "SDXL")
 BATCHES, TOY_BATCHES = (1, 4, 16, 64), (2,)
@@ -42,18 +40,6 @@ def prune(denoiser: Denoiser, dtype: torch.dtype, device: torch.device) -> int:
     return len(fit)
 
 
-def call(denoiser: Denoiser, batch: int, compiled: bool) -> Callable[[], object]:
-    """One network call."""
-    given = inputs(denoiser, batch)
-    run: Any = torch.compile(denoiser, dynamic=False) if compiled else denoiser
-
-    @torch.no_grad()
-    def once() -> object:
-        return run(*given)
-
-    return once
-
-
 def main() -> int:
     """Measure and print."""
     options = parser(__doc__).parse_args()
@@ -68,9 +54,7 @@ def main() -> int:
         packed = prune(sparse, dtype, device)
         for batch, compiled in product(batches, (False,) if options.toy else (False, True)):
             arms = {"dense": dense, "2:4": sparse}
-            found = attempt(
-                lambda: cell({arm: call(denoiser, batch, compiled) for arm, denoiser in arms.items()}, options.repeats)  # noqa: B023
-            )
+            found = timed(arms, batch, compiled, options.repeats)
             about = {"network": name, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
             cells.append({**about, "compiled": compiled, "packed_layers": packed, **found})
             print(cells[-1], flush=True)

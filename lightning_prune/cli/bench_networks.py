@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.diffusion.conditions import Condition
+from lightning_prune.diffusion.conditions import Condition, move
 from lightning_prune.diffusion.gated import StepGated
 from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser, families
@@ -21,8 +21,8 @@ from lightning_prune.diffusion.samplers import Predict, guided, initial_noise, i
 from lightning_prune.diffusion.solvers import Sampler, make_solver
 from lightning_prune.export import load
 from lightning_prune.export.artifact import MANIFEST, read_manifest
-from lightning_prune.metrics.evaluation import balanced_labels
 from lightning_prune.metrics.macs import count_denoiser, macs_per_image
+from lightning_prune.metrics.samples import conditions_of
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError, Sparsity, StepAware
 
@@ -70,7 +70,7 @@ class Task:
         noise = initial_noise(torch.arange(batch), denoiser.sample_shape).to(weight.device)
         cond = denoiser.blank_condition(batch, weight.device)
         if denoiser.num_classes:
-            cond = balanced_labels(batch, denoiser.num_classes).to(weight.device)
+            cond = move(conditions_of(None, torch.arange(batch), denoiser.num_classes), weight.device)
         if self.steps is None:
             return _call(predict, noise.to(weight.dtype), cond)
         return self._trajectory(predict, denoiser, noise, cond)

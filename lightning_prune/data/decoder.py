@@ -40,8 +40,8 @@ def _as_key() -> Iterator[None]:
 class LatentDecoder:
     """The autoencoder that makes pictures of latents, for grids, reports and `predict`.
 
-    Its weights are loaded when the first picture is made, by the process that makes it, onto the device of the latents.
-    Scale and shift are those of its own configuration.
+    Its weights are loaded when a picture or their checksum is first asked for, by the process that asks, and go to the
+    device of the latents. Scale and shift are those of its own configuration.
 
     Args:
         pipeline: diffusers folder of a whole pipeline or of its autoencoder alone, or a hub id.
@@ -130,7 +130,7 @@ class LatentDecoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], in [-1, 1] but for overshoot, of `latents` [B, C, h, w] as denoisers see them."""
         network = self.network.to(self._device)
-        scale, shift = (torch.tensor(f, device=self._device).view(-1, 1, 1) for f in self._factors().values())
+        scale, shift = (torch.tensor(f, device=self._device).view(-1, 1, 1) for f in latent_factors(self.config))
         raw = latents.to(self._device).float() / scale + shift
         return torch.cat([network.decode(part).sample for part in raw.split(self.batch_size)])
 

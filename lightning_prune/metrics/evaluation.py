@@ -336,8 +336,3 @@ def _identified(real: RealImages, count: int | None) -> str:
         digest.update(part.numpy().tobytes())
         found += len(part)
     return f"{real.name}, {found} images, sha256 {digest.hexdigest()}"
-
-
-def balanced_labels(samples: int, num_classes: int) -> Tensor:
-    """Labels [samples] that cycle through the classes, so every prefix is as balanced as it can be."""
-    return torch.arange(samples) % max(1, num_classes)

@@ -19,6 +19,8 @@ from lightning_prune.pruning.budget import solve
 Control = Literal[
     "fewer-steps", "kept-steps", "dpm-solver++", "dpm-solver++-kept", "whole-steps", "uniform-reuse", "random-gates"
 ]
+# Times the largest score: full steps come before any part of another.
+_CERTAIN = 1e3
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ def as_whole_steps(
     full, allowed = set(order[:count]), set(order[: count + 1])
     none = (False,) * len(problem.graph)
     within = [problem.graph.full() if step in allowed else none for step in range(len(rows))]
-    most = 1 + max(abs(score) for row in scores for score in row)
-    certain = [[1e3 * most] * len(none) if step in full else list(row) for step, row in enumerate(scores)]
-    return solve(certain, problem.graph, problem.costs, budget, within=within)
+    certain = _CERTAIN * (1 + max(abs(score) for row in scores for score in row))
+    worth = [[certain] * len(none) if step in full else list(row) for step, row in enumerate(scores)]
+    return solve(worth, problem.graph, problem.costs, budget, within=within)
 
 
 def rule(name: Control, problem: GateProblem, budget: float, seed: int = 0) -> GateSchedule:

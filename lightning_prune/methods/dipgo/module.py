@@ -67,7 +67,7 @@ class DiPGO(PruningModule):
         granularity: what a gate is for: "coarse" or "fine" parts of a U-Net, "block" or "half" of a transformer.
         cache_mode: what a skipped block gives: its last "output", or its input and the "residual" it last added.
         budget: fraction of the dense trajectory's MACs that the result may keep.
-        further_budgets: budgets of further schedules from the same search, nested with the first.
+        further_budgets: budgets of further schedules from the same search, nested with the first unless refined.
         preset: "budgeted" draws gates at a budget, "paper" shuts them by the published sparsity loss.
         budget_range: budgets that training draws from; null goes from two thirds of the smallest to 1.2 of the
             largest.
@@ -83,7 +83,7 @@ class DiPGO(PruningModule):
         selection: from scores to a schedule: "exact", or the published "bisection" or "greedy".
         reuse: what skipped blocks and steps give: what they gave "last", or the line through the last two ("linear").
         step_gates: whether steps have gates of their own above those of their blocks; "budgeted" only.
-        refine: schedules near the one found that are measured after the last step, the best of which is the result.
+        refine: changes of the schedule found that are tried after the last step; the best is the result.
         noises: how many different starting noises training sees; null gives every sample its own.
         compare: rows to report beside the result, see `controls.control`.
         checkpoint_blocks: recompute blocks inside recomputed steps, too.

@@ -20,7 +20,7 @@ def refined(
     trials: int,
     chance: random.Random,
     whole_steps: bool = True,
-    advance: Callable[[int], None] = lambda trials: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[Row, ...]:
     """The best of some schedules, and of what `trials` small changes make of it, one after the other.
 
@@ -32,16 +32,15 @@ def refined(
         problem: blocks, costs and sampler.
         starts: schedules to begin with, within the budget.
         budget: fraction of MACs that no trial exceeds.
-        trials: schedules that are measured.
+        trials: changes that are tried; those seen before or outside the bounds are not measured.
         chance: draws the changes.
         whole_steps: whether a step may be skipped altogether.
         advance: told of every trial.
     """
-    least, best = min(((loss(problem.schedule(rows)), tuple(rows)) for rows in starts), key=lambda found: found[0])
-    gate = max(problem.costs.blocks) / (problem.costs.dense * len(best))
-    low, high = (1 - 1e-12) * (budget - gate), max(budget, problem.costs.kept(best)) * (1 + 1e-12)
-    low = min(low, problem.costs.kept(best))
     known = {tuple(map(tuple, rows)) for rows in starts}
+    least, best = min((loss(problem.schedule(rows)), rows) for rows in sorted(known))
+    gate = max(problem.costs.blocks) / (problem.costs.dense * len(best))
+    low, high = min(problem.costs.kept(best), budget - gate) * (1 - 1e-12), budget * (1 + 1e-12)
     for _ in range(trials):
         advance(1)
         changed = _moved(best, chance) if chance.random() < _MOVES else _traded(best, problem, chance)

@@ -117,7 +117,7 @@ def _accumulate(sums: Tensor, layer: nn.Module, x: Tensor, scale: Tensor | None)
     total = 0
     per_sample = max(1, x[0].numel() // max(1, x.shape[1] if x.ndim == 4 else x.shape[-1]))
     for part in torch.arange(len(x)).split(max(1, _ROWS_AT_ONCE // per_sample)):
-        rows = _rows(layer, x[part])
+        rows = rows_read(layer, x[part])
         if scale is not None:
             rows = rows * scale[part].sqrt().view(-1, 1, 1)
         ones = rows.new_ones(*rows.shape[:2], 1)
@@ -129,7 +129,7 @@ def _accumulate(sums: Tensor, layer: nn.Module, x: Tensor, scale: Tensor | None)
     return total
 
 
-def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+def rows_read(layer: nn.Module, x: Tensor) -> Tensor:
     """Rows [B, positions, columns] that a layer reads of its input."""
     if isinstance(layer, nn.Conv2d):
         if isinstance(layer.padding, str):

@@ -116,7 +116,9 @@ def test_parameters_held_are_counted(run: tuple[MosaicDiff, Path]) -> None:
         found = run[0].parameters_of(pruned)
         assert found["shared"] <= found["stitched"]
         if all(k > 0 for row in pruned.removed for k in row):  # or stages share what one of them leaves whole
-            assert found["shared"] == parameters_held(run[0].denoiser, pruned.problem, pruned.removed)
+            assert found["shared"] == parameters_held(
+                run[0].denoiser, pruned.problem, pruned.removed, Recipe(**pruned.denoiser.facts["recipe"])
+            )
 
 
 def test_what_is_planned_is_what_a_uniform_recipe_does(run: tuple[MosaicDiff, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,8 @@ class MosaicDiff(PruningModule):
         power: mean square of clean data; null measures it on the first batch.
         damping: of the second moments, relative to their mean diagonal.
         probe_images: images that allocations measure with.
+        recalibration_images: calibration images that are kept, for pruned layers to be refitted on what they read in
+            their own network; a network computes all of them at once.
         spill: keep statistics in a file mapped from the run folder instead of in memory.
         seed: seed of timesteps and noise; null takes that of `seed_everything`.
     """
@@ -81,6 +84,7 @@ class MosaicDiff(PruningModule):
         power: float | None = None,
         damping: float = 1e-3,
         probe_images: int = 16,
+        recalibration_images: int = 256,
         spill: bool = True,
         seed: int | None = None,
     ) -> None:
@@ -94,6 +98,8 @@ class MosaicDiff(PruningModule):
             raise InputError(f"model.power: {power:g} is not positive")
         if probe_images < 1:
             raise InputError(f"model.probe_images: {probe_images} is not positive")
+        if recalibration_images < 1:
+            raise InputError(f"model.recalibration_images: {recalibration_images} is not positive")
         if guidance_weighted and guidance == 1.0:
             raise InputError("model.guidance_weighted: there is no guidance to weigh by; set model.guidance")
         if not denoiser.groups():
@@ -102,7 +108,7 @@ class MosaicDiff(PruningModule):
         self.sampler = Sampler(sampler, steps, guidance)
         self.calibration, self.guidance_weighted = calibration, guidance_weighted
         self.power, self.damping, self.probe_images = power, damping, probe_images
-        self.spill = spill
+        self.recalibration_images, self.spill = recalibration_images, spill
         self.grid = sampling_grid(process, self.sampler)
         # Refuses stages that the sampler has no steps for before any work is done.
         for each in self._recipes().values():
@@ -111,6 +117,7 @@ class MosaicDiff(PruningModule):
         self._curvature: Curvature | None = None
         self._importance: dict[str, Tensor] = {}
         self._probe_cond: Condition | None = None
+        self._kept: list[tuple[Tensor, Condition]] = []
         self._calibrated_on = hashlib.sha256().hexdigest()
         self._summed = self._calibrated = False
         self._pruned: Shared[dict[str, Pruned]] = Shared({})
@@ -180,9 +187,20 @@ class MosaicDiff(PruningModule):
             self._see_noised(batch, generator)
         else:
             self._see_own_states(batch, index)
+        self._keep(batch)
         self._calibrated_on = hashlib.sha256(
             self._calibrated_on.encode() + batch["id"].cpu().numpy().tobytes()
         ).hexdigest()
+
+    def _keep(self, batch: Batch) -> None:
+        """Hold the first images, for recalibration."""
+        missing = self.recalibration_images - sum(len(x0) for x0, _ in self._kept)
+        if missing > 0:
+            self._kept.append((batch["x"][:missing].cpu(), move(_rows(batch["cond"], missing), "cpu")))
+
+    def _kept_images(self) -> tuple[Tensor, Condition]:
+        x0 = torch.cat([x0 for x0, _ in self._kept])
+        return x0, reduce(stack, (cond for _, cond in self._kept))
 
     def _see_noised(self, batch: Batch, generator: torch.Generator) -> None:
         """One pass over a batch of real images, noised into all stages in turn."""
@@ -255,6 +273,7 @@ class MosaicDiff(PruningModule):
             "bins": [stage.steps for stage in self._bins],
             "power": self.power,
             "cond": self._probe_cond,
+            "kept": self._kept,
             "calibrated_on": self._calibrated_on,
             "importance": importance,
             **self._curvature.state(self._sum),
@@ -266,6 +285,7 @@ class MosaicDiff(PruningModule):
             return
         self.power, self._probe_cond = state["power"], state["cond"]
         self._calibrated_on = state["calibrated_on"]
+        self._kept = [(x0, cond) for x0, cond in state["kept"]]
         self._make_statistics(stages_of(state["bins"]))
         needed = refine(stages_for(recipe, self.grid, self.power or 1.0) for recipe in self._recipes().values())
         if needed != self._bins:
@@ -304,6 +324,8 @@ class MosaicDiff(PruningModule):
         if not self._summed:
             self._importance = {name: self._sum(values) for name, values in self._importance.items()}
             self._curvature.load(self._curvature.state(self._sum))
+            # The first process', or stages would differ.
+            self._kept = self.trainer.strategy.broadcast(self._kept) if self._trainer is not None else self._kept
             self._summed = True
         self.denoiser.eval()
         seed = derive(self.seed, 3)
@@ -317,6 +339,7 @@ class MosaicDiff(PruningModule):
             self.damping,
             Probe(self.denoiser, self.process, self.sampler, self._probe_cond, seed),
             self.seed,
+            self._kept_images(),
             self._importance,
             {"target": self.target, "calibration": {"of": self.calibration, "sha256": self._calibrated_on}},
         )
@@ -375,7 +398,7 @@ class MosaicDiff(PruningModule):
             target=f"{self.target:g} of MACs removed" if wanted is None else f"{wanted:g} of units removed",
             touched=tuple(group.name for group in problem.groups),
             macs_kept=problem.macs(removed) / problem.dense_macs,
-            parameters_kept=parameters_held(self.denoiser, problem, removed),
+            parameters_kept=parameters_held(self.denoiser, problem, removed, self.recipe),
         )
 
     def sample_images(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_prune.diffusion.conditions import Condition, move
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
+from lightning_prune.diffusion.samplers import guided
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import evolution, relaxation
 from lightning_prune.methods.mosaicdiff.plan import sampling_grid, share_of_bins, stages_for, visited_timesteps
@@ -30,6 +33,7 @@ from lightning_prune.pruning.allocation import (
 )
 from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.obs import Layer, Removal, columns_of, greedy_removal, removal_in_order
+from lightning_prune.pruning.recalibration import recalibrate
 from lightning_prune.pruning.stages import Grid, Stage, published_sparsities, stage_means
 from lightning_prune.pruning.structural import Width, slim
 from lightning_prune.seeds import derive
@@ -59,6 +63,8 @@ class Pruner:
         damping: of the second moments, relative to their mean diagonal.
         probe: trajectories of the dense network, for allocations that measure; made when first needed.
         seed: seed of the random criterion and of searches.
+        kept: calibration images [N, ...] and their conditions, for layers to be recalibrated on; all go through a
+            network at once.
         importance: first-order importance [bins, units] by group, for the "taylor" criterion.
         facts: further entries of the manifest.
         curves: measured errors that recipes share.
@@ -73,6 +79,7 @@ class Pruner:
     damping: float
     probe: Probe
     seed: int = 0
+    kept: tuple[Tensor, Condition] | None = None
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     curves: dict[Any, Tensor] = field(default_factory=dict)
@@ -107,7 +114,10 @@ class Pruner:
             "macs_per_call": [replace(problem, steps=[1], errors=[[]]).macs([row]) for row in removed],
             **self.facts,
         }
-        return Pruned(self.build(stages, recipe, removals, removed, facts), stages, problem, removed)
+        denoiser = self.build(stages, recipe, removals, removed, facts)
+        if recipe.compensate and recipe.recalibrate:
+            self.recalibrate(denoiser, stages, removed, recipe.match_power)
+        return Pruned(denoiser, stages, problem, removed)
 
     # Orders of removal
 
@@ -232,6 +242,33 @@ class Pruner:
         denoiser = StagedDenoiser(self.dense, networks, [stage.steps for stage in stages], facts)
         return denoiser.eval().requires_grad_(False)
 
+    def recalibrate(
+        self, denoiser: StagedDenoiser, stages: Sequence[Stage], removed: Removed, match_power: bool
+    ) -> None:
+        """Refit the layers that were cut on what they read in their own stage's network."""
+        for stage, network, row in zip(stages, denoiser.networks, removed, strict=True):
+            cut = [group for group, count in zip(self.groups, row, strict=True) if count]
+            x, t, cond = self.samples(stage)
+
+            def call(one: Denoiser, x: Tensor = x, t: Tensor = t, cond: Condition = cond) -> Tensor:
+                return guided(one, one.null_condition, self.sampler.guidance, one.guide)(x, t, cond)
+
+            denoiser.at_step(stage.first, denoiser.steps)
+            run, run_dense = partial(call, denoiser), partial(call, self.dense)
+            recalibrate(network, run, self.dense.network, run_dense, cut, self.damping, match_power)
+
+    def samples(self, stage: Stage) -> tuple[Tensor, Tensor, Condition]:
+        """The kept images noised to the steps of a stage in turn, their timesteps, and their conditions."""
+        assert self.kept is not None
+        device = next(self.dense.parameters()).device
+        x0, cond = self.kept
+        visited = visited_timesteps(self.process, self.sampler)[stage.first : stage.end]
+        t = visited[torch.arange(len(x0)) % len(visited)]
+        generator = torch.Generator().manual_seed(derive(self.seed, 73, stage.first))
+        noise = torch.randn(x0.shape, generator=generator)
+        t = t if self.process.is_flow else t.long()
+        return self.process.add_noise(x0, noise, t).to(device), t.to(device), move(cond, device)
+
 
 def rule_of(recipe: Recipe, stages: Sequence[Stage], grid: Grid, power: float) -> Callable[[float], list[float]]:
     """From S to the sparsity of each stage, for recipes that have one for all layers."""
@@ -266,16 +303,21 @@ def expected_removal(
     return problem, solve_level(problem, rule, problem.budget(target))[1]
 
 
-def parameters_held(dense: Denoiser, problem: Problem, removed: Removed) -> int:
+def parameters_held(dense: Denoiser, problem: Problem, removed: Removed, recipe: Recipe) -> int:
     """Parameters of all stages together, those that none cuts once."""
     parameters = dict(dense.network.named_parameters())
     cut = {cut.parameter for group in problem.groups for cut in group.cuts}
+    biases = [len(parameters[b]) if (b := f"{g.output}.bias") in parameters else 0 for g in problem.groups]
     units = [sum(parameters[c.parameter].numel() for c in group.cuts) // group.units for group in problem.groups]
     kept = sum(
         unit * (group.units - count)
         for row in removed
         for unit, group, count in zip(units, problem.groups, row, strict=True)
     )
+    if recipe.refits_biases:
+        kept += sum(bias for row in removed for bias, count in zip(biases, row, strict=True) if count)
+        # A layer that no stage leaves whole holds its dense bias nowhere.
+        kept -= sum(bias for g, bias in enumerate(biases) if all(row[g] for row in removed))
     return sum(p.numel() for name, p in parameters.items() if name not in cut) + kept
 
 

@@ -44,6 +44,8 @@ RIVALS = {
     "learned": Recipe("learned", stages=2, evaluations=1),
     "layers": Recipe(stages=2, sensitivity="layer", nested=True),
     "affine": Recipe(stages=2, sensitivity="output", affine=True),
+    "layer by layer": Recipe(stages=2, sensitivity="final", recalibrate=False),
+    "least squares": Recipe("uniform", match_power=False),
 }
 
 
@@ -128,6 +130,20 @@ def test_what_is_planned_is_what_a_uniform_recipe_does(run: tuple[MosaicDiff, Pa
     assert planned.macs_kept == 1 - pruned.denoiser.facts["macs_removed"]
     assert set(planned.touched) == {group.name for group in pruned.problem.groups}
     assert planned.parameters_kept == sum(p.numel() for p in pruned.denoiser.parameters())
+
+
+def test_switches_of_recalibration_change_weights_but_not_widths(run: tuple[MosaicDiff, Path]) -> None:
+    matched, least = run[0].results()["uniform"], run[0].results()["least squares"]
+    assert matched.removed == least.removed
+    assert not torch.equal(images(matched.denoiser), images(least.denoiser))
+    assert sum(len(x0) for x0, _ in run[0]._kept) == 2 * 8, "every image of two batches of eight"
+
+
+def test_only_so_many_images_are_kept(tmp_path: Path) -> None:
+    pruned = calibrate(module(recalibration_images=11), tmp_path)
+    x0, cond = pruned._kept_images()
+    assert len(x0) == len(cond) == 11
+    assert torch.isfinite(images(pruned.results()["mosaicdiff measured"].denoiser)).all()
 
 
 def test_variants_are_named_before_they_exist() -> None:
@@ -225,6 +241,7 @@ def test_few_steps(steps: int, tmp_path: Path) -> None:
         ({"damping": -1.0}, r"model\.damping"),
         ({"power": 0.0}, r"model\.power"),
         ({"probe_images": 0}, r"model\.probe_images"),
+        ({"recalibration_images": 0}, r"model\.recalibration_images"),
         ({"guidance_weighted": True}, r"model\.guidance_weighted"),
         ({"recipe": Recipe(stages=5)}, "5 stages of 4 sampling steps"),
         ({"steps": 0}, "0 sampling steps"),

@@ -44,6 +44,7 @@ from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.obs import Layer, columns_of, greedy_removal
 
 PROCESS = Process(schedule="cosine", prediction="v")
+RECALIBRATION_IMAGES = 256
 
 
 def own_memory() -> int:
@@ -84,15 +85,18 @@ def prune(dense: DiT, sampler: Sampler, recipe: Recipe, batches: int, batch: int
     curvature = Curvature(dense.network, dense.groups(), len(bins), folder)
     images = EmbeddedFashion().split("train")
     visited, generator = visited_timesteps(PROCESS, sampler), torch.Generator().manual_seed(0)
+    kept = []
     for number in range(batches):
         rows = images.__getitems__(list(range(number * batch, (number + 1) * batch)))
         x0, cond = torch.stack([r["x"] for r in rows]), torch.stack([r["cond"] for r in rows])
+        if number * batch < RECALIBRATION_IMAGES:
+            kept.append((x0, cond))
         bin_of, t = draw_in_bins(bins, visited, PROCESS, batch, generator)
         noise = torch.randn(x0.shape, generator=generator)
         with torch.no_grad(), curvature.collecting(bin_of):
             dense(PROCESS.add_noise(x0, noise, t), t, cond)
     probe = Probe(dense, PROCESS, sampler, torch.arange(16) % 10, seed=1)
-    Pruner(dense, PROCESS, sampler, bins, curvature, 1.0, 1e-3, probe).prune(recipe, target)
+    Pruner(dense, PROCESS, sampler, bins, curvature, 1.0, 1e-3, probe, kept=kept).prune(recipe, target)
 
 
 def naive(weight: Tensor, hessian: Tensor, removals: int) -> tuple[list[int], Tensor]:

@@ -37,8 +37,9 @@ class Curvature:
 
     def __init__(self, network: nn.Module, groups: Sequence[WidthGroup], bins: int, folder: Path | None = None) -> None:
         self.network, self.groups, self.bins = network, list(groups), bins
+        self.folder = folder
         sizes = {g.name: g.units * g.columns + 1 for g in self.groups}
-        self._store = _mapped(bins * sum(n * n for n in sizes.values()), folder)
+        self._store = mapped(bins * sum(n * n for n in sizes.values()), folder)
         self.sums: dict[str, Tensor] = {}
         start = 0
         for name, n in sizes.items():
@@ -103,7 +104,8 @@ class Curvature:
         self.rows.copy_(state["rows"])
 
 
-def _mapped(size: int, folder: Path | None) -> Tensor:
+def mapped(size: int, folder: Path | None) -> Tensor:
+    """Floats [size] in a file of `folder` that goes with the process; zeros in memory without one."""
     if folder is None:
         return torch.zeros(size)
     folder.mkdir(parents=True, exist_ok=True)

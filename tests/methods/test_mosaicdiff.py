@@ -141,8 +141,7 @@ def test_switches_of_recalibration_change_weights_but_not_widths(run: tuple[Mosa
 
 def test_only_so_many_images_are_kept(tmp_path: Path) -> None:
     pruned = calibrate(module(recalibration_images=11), tmp_path)
-    x0, cond = pruned._kept_images()
-    assert len(x0) == len(cond) == 11
+    assert [(len(x0), len(cond)) for x0, cond in pruned._kept] == [(8, 8), (3, 3)]
     assert torch.isfinite(images(pruned.results()["mosaicdiff measured"].denoiser)).all()
 
 

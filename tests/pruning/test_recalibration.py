@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,17 +33,16 @@ class Pair:
         self.x = torch.randn(32, *self.denoiser.sample_shape)
         self.t, self.cond = torch.arange(32) * 30, torch.arange(32) % 10
 
-    def run(self, network: nn.Module) -> Tensor:
+    def run(self, network: nn.Module, rows: slice = slice(None)) -> Tensor:
         self.denoiser.network = network
-        output: Tensor = self.denoiser(self.x, self.t, self.cond)
+        output: Tensor = self.denoiser(self.x[rows], self.t[rows], self.cond[rows])
         return output
 
-    def run_dense(self) -> Tensor:
-        return self.run(self.dense)
-
-    def recalibrate(self, groups: list[WidthGroup], **options: object) -> None:
-        settings: dict[str, object] = {"damping": 1e-6, **options}
-        recalibrate(self.slim, lambda: self.run(self.slim), self.dense, self.run_dense, groups, **settings)  # type: ignore[arg-type]
+    def recalibrate(self, groups: list[WidthGroup], sizes: tuple[int, ...] = (20, 12), **options: Any) -> None:
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        run, run_dense = (lambda i, n=n: self.run(n, parts[i]) for n in (self.slim, self.dense))
+        recalibrate(self.slim, run, self.dense, run_dense, len(parts), groups, **{"damping": 1e-6, **options})
 
     def outputs(self, network: nn.Module, group: WidthGroup) -> Tensor:
         """What the output layer of a group gives, channels last."""
@@ -58,7 +59,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 def test_it_brings_predictions_nearer_to_the_dense_networks(pair: Pair) -> None:
-    dense = pair.run_dense()
+    dense = pair.run(pair.dense)
     before = (pair.run(pair.slim) - dense).square().mean()
     pair.recalibrate(pair.groups, match_power=False)
     assert (pair.run(pair.slim) - dense).square().mean() < 0.8 * before
@@ -69,6 +70,14 @@ def test_the_order_is_that_of_the_call_not_that_of_the_list(pair: Pair) -> None:
     pair.recalibrate(pair.groups)
     other.recalibrate(other.groups[::-1])
     assert torch.equal(pair.run(pair.slim), other.run(other.slim))
+
+
+def test_batches_and_where_outputs_are_kept_change_nothing(pair: Pair, tmp_path: Path) -> None:
+    other = Pair(pair.name)
+    pair.recalibrate(pair.groups)
+    other.recalibrate(other.groups, sizes=(32,), folder=tmp_path)
+    assert torch.allclose(pair.run(pair.slim), other.run(other.slim), atol=1e-4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_layer_is_a_least_squares_fit_on_what_it_reads(pair: Pair) -> None:
@@ -91,7 +100,7 @@ def test_matched_outputs_vary_as_much_as_the_dense_ones(pair: Pair) -> None:
 
 def test_an_uncut_network_stays_as_it_is(pair: Pair) -> None:
     pair.slim = slim(pair.dense, pair.groups, {})
-    before = pair.run_dense()
+    before = pair.run(pair.dense)
     pair.recalibrate(pair.groups)
     assert torch.allclose(pair.run(pair.slim), before, atol=1e-4)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +61,7 @@ class MosaicDiff(PruningModule):
         damping: of the second moments, relative to their mean diagonal.
         probe_images: images that allocations measure with.
         recalibration_images: calibration images that are kept, for pruned layers to be refitted on what they read in
-            their own network; a network computes all of them at once.
+            their own network.
         spill: keep statistics in a file mapped from the run folder instead of in memory.
         seed: seed of timesteps and noise; null takes that of `seed_everything`.
     """
@@ -197,10 +196,6 @@ class MosaicDiff(PruningModule):
         missing = self.recalibration_images - sum(len(x0) for x0, _ in self._kept)
         if missing > 0:
             self._kept.append((batch["x"][:missing].cpu(), move(_rows(batch["cond"], missing), "cpu")))
-
-    def _kept_images(self) -> tuple[Tensor, Condition]:
-        x0 = torch.cat([x0 for x0, _ in self._kept])
-        return x0, reduce(stack, (cond for _, cond in self._kept))
 
     def _see_noised(self, batch: Batch, generator: torch.Generator) -> None:
         """One pass over a batch of real images, noised into all stages in turn."""
@@ -339,7 +334,7 @@ class MosaicDiff(PruningModule):
             self.damping,
             Probe(self.denoiser, self.process, self.sampler, self._probe_cond, seed),
             self.seed,
-            self._kept_images(),
+            self._kept,
             self._importance,
             {"target": self.target, "calibration": {"of": self.calibration, "sha256": self._calibrated_on}},
         )

@@ -63,8 +63,7 @@ class Pruner:
         damping: of the second moments, relative to their mean diagonal.
         probe: trajectories of the dense network, for allocations that measure; made when first needed.
         seed: seed of the random criterion and of searches.
-        kept: calibration images [N, ...] and their conditions, for layers to be recalibrated on; all go through a
-            network at once.
+        kept: batches of calibration images and their conditions, for layers to be recalibrated on.
         importance: first-order importance [bins, units] by group, for the "taylor" criterion.
         facts: further entries of the manifest.
         curves: measured errors that recipes share.
@@ -79,7 +78,7 @@ class Pruner:
     damping: float
     probe: Probe
     seed: int = 0
-    kept: tuple[Tensor, Condition] | None = None
+    kept: Sequence[tuple[Tensor, Condition]] = ()
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     curves: dict[Any, Tensor] = field(default_factory=dict)
@@ -246,28 +245,34 @@ class Pruner:
         self, denoiser: StagedDenoiser, stages: Sequence[Stage], removed: Removed, match_power: bool
     ) -> None:
         """Refit the layers that were cut on what they read in their own stage's network."""
+        assert self.kept, "there are no images to recalibrate on"
         for stage, network, row in zip(stages, denoiser.networks, removed, strict=True):
             cut = [group for group, count in zip(self.groups, row, strict=True) if count]
-            x, t, cond = self.samples(stage)
+            samples = self.samples(stage)
 
-            def call(one: Denoiser, x: Tensor = x, t: Tensor = t, cond: Condition = cond) -> Tensor:
-                return guided(one, one.null_condition, self.sampler.guidance, one.guide)(x, t, cond)
+            def call(
+                one: Denoiser, batch: int, samples: Sequence[tuple[Tensor, Tensor, Condition]] = samples
+            ) -> Tensor:
+                return guided(one, one.null_condition, self.sampler.guidance, one.guide)(*samples[batch])
 
             denoiser.at_step(stage.first, denoiser.steps)
             run, run_dense = partial(call, denoiser), partial(call, self.dense)
-            recalibrate(network, run, self.dense.network, run_dense, cut, self.damping, match_power)
+            batches, folder = len(samples), self.curvature.folder
+            recalibrate(network, run, self.dense.network, run_dense, batches, cut, self.damping, match_power, folder)
 
-    def samples(self, stage: Stage) -> tuple[Tensor, Tensor, Condition]:
-        """The kept images noised to the steps of a stage in turn, their timesteps, and their conditions."""
-        assert self.kept is not None
+    def samples(self, stage: Stage) -> list[tuple[Tensor, Tensor, Condition]]:
+        """The kept images noised to the steps of a stage in turn, their timesteps, and their conditions, in batches."""
         device = next(self.dense.parameters()).device
-        x0, cond = self.kept
         visited = visited_timesteps(self.process, self.sampler)[stage.first : stage.end]
-        t = visited[torch.arange(len(x0)) % len(visited)]
         generator = torch.Generator().manual_seed(derive(self.seed, 73, stage.first))
-        noise = torch.randn(x0.shape, generator=generator)
-        t = t if self.process.is_flow else t.long()
-        return self.process.add_noise(x0, noise, t).to(device), t.to(device), move(cond, device)
+        found, first = [], 0
+        for x0, cond in self.kept:
+            t = visited[(first + torch.arange(len(x0))) % len(visited)]
+            t = t if self.process.is_flow else t.long()
+            x_t = self.process.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
+            found.append((x_t.to(device), t.to(device), move(cond, device)))
+            first += len(x0)
+        return found
 
 
 def rule_of(recipe: Recipe, stages: Sequence[Stage], grid: Grid, power: float) -> Callable[[float], list[float]]:

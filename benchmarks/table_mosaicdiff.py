@@ -24,12 +24,13 @@ TARGETS = {"fashion_dit": (0.33, 0.5, 0.2), "fashion_unet": (0.33,)}
 MINUTES_A_ROW = {"fashion_dit": 1.5, "fashion_unet": 5.0}
 STEPS = 20
 RESULT = "mosaicdiff measured"
-CORE = {
+Recipes = dict[str, dict[str, object]]
+CORE: Recipes = {
     "published": {"allocation": "published"},
     "uniform-per-stage": {"allocation": "uniform"},
     "one-network-obs": {"allocation": "uniform", "stages": 1},
 }
-BASELINES = {
+BASELINES: Recipes = {
     "published-as-published": {"allocation": "published", "recalibrate": False},
     "one-network-magnitude": {"allocation": "uniform", "stages": 1, "criterion": "magnitude", "compensate": False},
     "one-network-taylor": {"allocation": "uniform", "stages": 1, "criterion": "taylor", "compensate": False},
@@ -37,7 +38,7 @@ BASELINES = {
 }
 MEASURED = {"allocation": "measured", "stages": 5}
 # What a recipe switches: these share a calibration. What the calibration switches needs a run of its own.
-EXTENSION = {
+EXTENSION: Recipes = {
     "uniform-not-recalibrated": {"allocation": "uniform", "recalibrate": False},
     "not-recalibrated": {**MEASURED, "recalibrate": False},
     "power-not-matched": {**MEASURED, "match_power": False},
@@ -76,7 +77,7 @@ def jobs() -> Iterator[Job]:
             rows = {RESULT: f"measured-{name}"}
             if not weighted:
                 rows |= {"dense": f"dense-{name}", "published": f"published-{name}"}
-            rivals = {} if weighted else {"published": CORE["published"]}
+            rivals: Recipes = {} if weighted else {"published": CORE["published"]}
             further = (*options, *(("--model.guidance_weighted=true",) if weighted else ()))
             report = (f"guidance: {scale:g}",)
             yield _job(f"fashion_dit-{name}-0", 0.33, rivals, rows, tier="extension", options=further, report=report)
@@ -96,7 +97,7 @@ def _core(network: str, target: float, seed: int) -> Job:
 def _job(
     name: str,
     target: float,
-    rivals: dict[str, dict[str, object]],
+    rivals: Recipes,
     rows: dict[str, str],
     *,
     network: str = "fashion_dit",

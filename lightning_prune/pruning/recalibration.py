@@ -124,7 +124,8 @@ def _moments(layer: nn.Module, run: Run, wanted: Sequence[Tensor]) -> _Moments:
     """Of what a layer reads in each batch, and of what is wanted of it."""
     flat = _flat(layer)
     outputs, n = flat.shape
-    found = _Moments(*(flat.new_zeros(size, dtype=torch.float64).cpu() for size in ((n, n), (n, outputs), (outputs,))))
+    zeros = partial(torch.zeros, dtype=torch.float64)
+    found = _Moments(zeros(n, n), zeros(n, outputs), zeros(outputs))
     for batch, rows in enumerate(wanted):
         x = _inputs(layer, run, batch)
         y, x = rows.to(x), torch.cat([x, x.new_ones(len(x), 1)], 1)

@@ -64,7 +64,7 @@ def test_the_loss_is_the_distance_from_the_teacher_by_stage(pruned: Path) -> Non
     batch = {"x": torch.randn(8, 1, 32, 32), "cond": torch.arange(8), "id": torch.arange(8)}
     first, again = (module.loss(batch, torch.Generator().manual_seed(3))[0] for _ in range(2))
     assert torch.equal(first, again)
-    first.backward()  # type: ignore[no-untyped-call]
+    first.backward()
     assert all(any(p.grad is not None for p in network.parameters()) for network in stages.networks)
 
 

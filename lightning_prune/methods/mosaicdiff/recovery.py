@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,12 +64,12 @@ class Recovery(PruningModule):
         x_t = self.process.add_noise(x0, noise, t)
         with torch.no_grad():
             wanted = self._teacher.on(self.device)(x_t, t, cond)
-        errors = []
+        errors, staged = [], cast(StagedDenoiser, self.denoiser)
         for number, stage in enumerate(self.stages):
             chosen = torch.nonzero(stage_of == number).flatten().to(x_t.device)
-            self.denoiser.at_step(stage.first, self.denoiser.steps)
+            staged.at_step(stage.first, staged.steps)
             predicted = self.denoise(x_t[chosen], t[chosen], _rows(cond, chosen))
-            errors.append(mse_loss(predicted, wanted[chosen]) * stage.steps / self.denoiser.steps)
+            errors.append(mse_loss(predicted, wanted[chosen]) * stage.steps / staged.steps)
         return torch.stack(errors).sum(), {}
 
     def variants(self) -> dict[str, Variant]:

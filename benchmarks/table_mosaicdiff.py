@@ -28,13 +28,13 @@ Recipes = dict[str, dict[str, object]]
 CORE: Recipes = {
     "published": {"allocation": "published"},
     "uniform-per-stage": {"allocation": "uniform"},
-    "one-network-obs": {"allocation": "uniform", "stages": 1},
 }
+ONE_NETWORK = {"allocation": "uniform", "stages": 1}
 BASELINES: Recipes = {
     "published-as-published": {"allocation": "published", "recalibrate": False},
-    "one-network-magnitude": {"allocation": "uniform", "stages": 1, "criterion": "magnitude", "compensate": False},
-    "one-network-taylor": {"allocation": "uniform", "stages": 1, "criterion": "taylor", "compensate": False},
-    "one-network-random": {"allocation": "uniform", "stages": 1, "criterion": "random", "compensate": False},
+    "one-network-magnitude": {**ONE_NETWORK, "criterion": "magnitude", "compensate": False},
+    "one-network-taylor": {**ONE_NETWORK, "criterion": "taylor", "compensate": False},
+    "one-network-random": {**ONE_NETWORK, "criterion": "random", "compensate": False},
 }
 MEASURED = {"allocation": "measured", "stages": 5}
 # What a recipe switches: these share a calibration. What the calibration switches needs a run of its own.
@@ -66,7 +66,7 @@ def jobs() -> Iterator[Job]:
             for target in targets:
                 yield _core(network, target, seed)
     for target in TARGETS["fashion_dit"]:
-        yield _job(f"fashion_dit-baselines-{target:g}-0", target, BASELINES, {})
+        yield _baselines(target)
     yield _job("fashion_dit-switches-0.33-0", 0.33, EXTENSION, {}, tier="extension")
     for name, options in CALIBRATIONS.items():
         yield _job(f"fashion_dit-{name}-0.33-0", 0.33, {}, {RESULT: name}, tier="extension", options=options)
@@ -84,14 +84,26 @@ def jobs() -> Iterator[Job]:
 
 
 def _core(network: str, target: float, seed: int) -> Job:
-    """The result and its rivals, with the first seed also what no seed has a part in."""
+    """The result and its rivals."""
     rows = {RESULT: "measured"}
-    if seed == 0:
-        # A whole number of steps that costs no more than the result, which is a little below its budget.
-        rows[f"dense, {int((1 - target) * STEPS - 1e-9)} steps"] = "dense-fewer-steps"
     if seed == 0 and target == TARGETS[network][0]:
         rows["dense"] = "dense"
+    if seed == 0 and network == "fashion_unet":
+        rows[_fewer_steps(target)] = "dense-fewer-steps"
     return _job(f"{network}-{target:g}-{seed}", target, CORE, rows, network=network, seed=seed)
+
+
+def _baselines(target: float) -> Job:
+    """Networks that are the same in all steps, and the dense one with fewer steps."""
+    rows = {_fewer_steps(target): "dense-fewer-steps", "mosaicdiff uniform": "one-network-obs"}
+    options = (f"--model.recipe={json.dumps(ONE_NETWORK)}",)
+    name = f"fashion_dit-baselines-{target:g}-0"
+    return _job(name, target, BASELINES, rows, options=options, result="mosaicdiff uniform")
+
+
+def _fewer_steps(target: float) -> str:
+    """A whole number of steps that costs no more than the result, which is a little below its budget."""
+    return f"dense, {int((1 - target) * STEPS - 1e-9)} steps"
 
 
 def _job(
@@ -105,6 +117,7 @@ def _job(
     tier: str = "core",
     options: tuple[str, ...] = (),
     report: tuple[str, ...] = (),
+    result: str = RESULT,
 ) -> Job:
     """A run; every rival is a row of its own name, and `rows` names the others."""
     named = {rival: rows.get(rival, rival) for rival in rivals} | rows
@@ -119,11 +132,11 @@ def _job(
             f"--model.target={target:g}",
             f"--model.rivals={json.dumps(rivals)}",
             *options,
-            _report([row for row in named if row != RESULT], report),
+            _report([row for row in named if row != result], report),
         ),
         tier=tier,
         # The result is drawn in every run.
-        minutes=MINUTES_A_ROW[network] * len({*named, RESULT}) * (2 if report else 1) + 1,
+        minutes=MINUTES_A_ROW[network] * len({*named, result}) * (2 if report else 1) + 1,
     )
 
 

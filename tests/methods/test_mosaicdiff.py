@@ -17,7 +17,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe
+from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe, seconds
 from lightning_prune.methods.mosaicdiff.plan import (
     draw_in_bins,
     refine,
@@ -130,6 +130,28 @@ def test_what_is_planned_is_what_a_uniform_recipe_does(run: tuple[MosaicDiff, Pa
     assert planned.macs_kept == 1 - pruned.denoiser.facts["macs_removed"]
     assert set(planned.touched) == {group.name for group in pruned.problem.groups}
     assert planned.parameters_kept == sum(p.numel() for p in pruned.denoiser.parameters())
+
+
+def test_a_target_in_seconds_is_met_where_seconds_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here heads take three quarters of the time and channels none, whatever their MACs are."""
+
+    def medians(arms: Any, repeats: int) -> dict[str, float]:
+        return {name: 1.0 - (3 / 16 if "attn" in name else 0.0) for name in arms}
+
+    monkeypatch.setattr(seconds, "interleaved_medians", medians)
+    pruned = calibrate(module(target_of="seconds", rivals={"uniform": Recipe("uniform")}), tmp_path)
+    for name, result in pruned.results().items():
+        kinds = [group.kind for group in result.problem.groups]
+        channels = [k for row in result.removed for kind, k in zip(kinds, row, strict=True) if kind == "channels"]
+        assert result.denoiser.facts["predicted_seconds_removed"] >= 0.25
+        assert name == "uniform" or set(channels) == {0}, "removing what takes no time gains nothing"
+        assert (
+            result.denoiser.facts["macs_per_image"]
+            == trajectory_cost(result.denoiser, PROCESS, Sampler(steps=4)).macs()
+        ), "MACs stay MACs"
+    impossible = module(target=0.7, target_of="seconds", recipe=Recipe("measured", stages=1))
+    with pytest.raises(InputError, match=r"0\.7 of the seconds cannot be removed"):
+        calibrate(impossible, tmp_path / "impossible")
 
 
 def test_switches_of_recalibration_change_weights_but_not_widths(run: tuple[MosaicDiff, Path]) -> None:

@@ -31,6 +31,7 @@ from lightning_prune.methods.mosaicdiff.plan import (
 )
 from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, expected_removal, parameters_held
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
+from lightning_prune.methods.mosaicdiff.seconds import Costs, measured_costs
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError, Plan
@@ -49,7 +50,7 @@ class MosaicDiff(PruningModule):
     Args:
         denoiser: the pretrained dense network.
         process: its process.
-        target: share of the dense sampling run's MACs (aten) to remove.
+        target: share of the dense sampling run's MACs (aten) to remove, or of what else `target_of` says.
         recipe: how; the result of the run.
         rivals: further recipes to report beside it, from the same statistics, by row name.
         sampler: the solver whose run is made cheaper.
@@ -62,6 +63,8 @@ class MosaicDiff(PruningModule):
         probe_images: images that allocations measure with.
         recalibration_images: calibration images that are kept, for pruned layers to be refitted on what they read in
             their own network.
+        target_of: what the target is a share of: MACs, or seconds as measured on this machine, where two runs may
+            differ. What is planned is planned in MACs.
         spill: keep statistics in a file mapped from the run folder instead of in memory.
         seed: seed of timesteps and noise; null takes that of `seed_everything`.
     """
@@ -84,6 +87,7 @@ class MosaicDiff(PruningModule):
         damping: float = 1e-3,
         probe_images: int = 16,
         recalibration_images: int = 256,
+        target_of: Literal["macs", "seconds"] = "macs",
         spill: bool = True,
         seed: int | None = None,
     ) -> None:
@@ -107,6 +111,7 @@ class MosaicDiff(PruningModule):
         self.sampler = Sampler(sampler, steps, guidance)
         self.calibration, self.guidance_weighted = calibration, guidance_weighted
         self.power, self.damping, self.probe_images = power, damping, probe_images
+        self.target_of: Literal["macs", "seconds"] = target_of
         self.recalibration_images, self.spill = recalibration_images, spill
         self.grid = sampling_grid(process, self.sampler)
         # Refuses stages that the sampler has no steps for before any work is done.
@@ -155,7 +160,7 @@ class MosaicDiff(PruningModule):
             # The same on every process, or their stages would differ.
             power = self.trainer.strategy.reduce(batch["x"].square().mean().to(self.device), reduce_op="mean")
             self.power = float(power)
-        for recipe in self._recipes().values():
+        for recipe in self._recipes().values() if self.target_of == "macs" else ():
             expected_removal(self.denoiser, self.grid, self.power, recipe, self.target)
         self._probe_cond = self._same_everywhere(move(_rows(batch["cond"], self.probe_images), self.device))
         partitions = [stages_for(recipe, self.grid, self.power) for recipe in self._recipes().values()]
@@ -336,9 +341,21 @@ class MosaicDiff(PruningModule):
             self.seed,
             self._kept,
             self._importance,
-            {"target": self.target, "calibration": {"of": self.calibration, "sha256": self._calibrated_on}},
+            {
+                "target": self.target,
+                "target_of": self.target_of,
+                "calibration": {"of": self.calibration, "sha256": self._calibrated_on},
+            },
+            self._costs(),
         )
         return {name: pruner.prune(recipe, self.target) for name, recipe in self._recipes().items()}
+
+    def _costs(self) -> Costs | None:
+        """Seconds of the first process, or stages would differ."""
+        if self.target_of == "macs":
+            return None
+        costs = measured_costs(self.denoiser)
+        return costs if self._trainer is None else self.trainer.strategy.broadcast(costs)
 
     def write_results(self, trainer: pl.Trainer) -> None:
         """Prune, write and log the stages, then let callbacks work on the result."""

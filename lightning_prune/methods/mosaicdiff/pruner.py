@@ -19,6 +19,7 @@ from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import evolution, relaxation
 from lightning_prune.methods.mosaicdiff.plan import sampling_grid, share_of_bins, stages_for, visited_timesteps
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
+from lightning_prune.methods.mosaicdiff.seconds import Costs
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe, measured_errors
 from lightning_prune.metrics.macs import Ledger, count_denoiser
 from lightning_prune.protocols import InputError, WidthGroup
@@ -66,6 +67,7 @@ class Pruner:
         kept: batches of calibration images and their conditions, for layers to be recalibrated on.
         importance: first-order importance [bins, units] by group, for the "taylor" criterion.
         facts: further entries of the manifest.
+        costs: seconds of a call and its units, for targets that are a share of seconds; null means MACs.
         curves: measured errors that recipes share.
     """
 
@@ -81,6 +83,7 @@ class Pruner:
     kept: Sequence[tuple[Tensor, Condition]] = ()
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    costs: Costs | None = None
     curves: dict[Any, Tensor] = field(default_factory=dict)
     _known: dict[Any, Removal] = field(default_factory=dict)
 
@@ -102,7 +105,8 @@ class Pruner:
         problem = self.problem(stages, recipe, removals)
         if recipe.allocation == "measured" and recipe.sensitivity != "layer":
             problem = replace(problem, errors=measured_errors(self, stages, recipe, removals, problem))
-        removed = self._allocate(recipe, target, stages, removals, problem)
+        timed = self._timed(problem)
+        removed = self._allocate(recipe, target, stages, removals, timed or problem)
         facts = {
             "recipe": asdict(recipe),
             "power": self.power,
@@ -111,6 +115,7 @@ class Pruner:
             "macs_removed": 1 - problem.macs(removed) / problem.dense_macs,
             "dense_macs_per_call": problem.call_macs,
             "macs_per_call": [replace(problem, steps=[1], errors=[[]]).macs([row]) for row in removed],
+            **({} if timed is None else {"predicted_seconds_removed": 1 - timed.macs(removed) / timed.dense_macs}),
             **self.facts,
         }
         denoiser = self.build(stages, recipe, removals, removed, facts)
@@ -185,6 +190,12 @@ class Pruner:
         errors = [[removal.errors * s.steps for removal in row] for s, row in zip(stages, removals, strict=True)]
         steps = [stage.steps for stage in stages]
         return Problem(self.groups, self.unit_macs, self.call_macs, steps, errors, recipe.maximum)
+
+    def _timed(self, problem: Problem) -> Problem | None:
+        """The same in measured seconds, where the target is a share of them."""
+        if self.costs is None:
+            return None
+        return replace(problem, unit_macs=self.costs.units, call_macs=self.costs.call, unit="seconds")
 
     def _allocate(
         self, recipe: Recipe, target: float, stages: list[Stage], removals: list[list[Removal]], problem: Problem

@@ -81,8 +81,8 @@ class Problem:
         if not 0 <= target < 1 or budget < least:
             reach = 1 - least / self.dense_macs
             raise InputError(
-                f"model.target: {target:g} of the {self.unit} cannot be removed; with at most {self.maximum:g} of every "
-                f"width the largest is {int(reach * 10000) / 10000:g}"
+                f"model.target: {target:g} of the {self.unit} cannot be removed; with at most {self.maximum:g} of "
+                f"every width the largest is {int(reach * 10000) / 10000:g}"
             )
         return budget
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lightning_prune.diffusion.conditions import Condition, move, stack
+from lightning_prune.diffusion.conditions import Condition, move, rows_of, stack
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import OnStep, guided, integrate, sample_images
@@ -162,7 +162,7 @@ class MosaicDiff(PruningModule):
             self.power = float(power)
         for recipe in self._recipes().values() if self.target_of == "macs" else ():
             expected_removal(self.denoiser, self.grid, self.power, recipe, self.target)
-        self._probe_cond = self._same_everywhere(move(_rows(batch["cond"], self.probe_images), self.device))
+        self._probe_cond = self._same_everywhere(move(rows_of(batch["cond"], slice(self.probe_images)), self.device))
         partitions = [stages_for(recipe, self.grid, self.power) for recipe in self._recipes().values()]
         self._make_statistics(refine(partitions))
         if len(batch["x"]) < len(self._bins) and self.calibration == "noised":
@@ -200,7 +200,7 @@ class MosaicDiff(PruningModule):
         """Hold the first images, for recalibration."""
         missing = self.recalibration_images - sum(len(x0) for x0, _ in self._kept)
         if missing > 0:
-            self._kept.append((batch["x"][:missing].cpu(), move(_rows(batch["cond"], missing), "cpu")))
+            self._kept.append((batch["x"][:missing].cpu(), move(rows_of(batch["cond"], slice(missing)), "cpu")))
 
     def _see_noised(self, batch: Batch, generator: torch.Generator) -> None:
         """One pass over a batch of real images, noised into all stages in turn."""
@@ -257,7 +257,7 @@ class MosaicDiff(PruningModule):
         for index in bin_of.unique().tolist():
             chosen = torch.nonzero(bin_of == index).flatten().to(x.device)
             with torch.enable_grad():
-                predicted = self.denoiser(x[chosen], t[chosen], _rows(cond, chosen))
+                predicted = self.denoiser(x[chosen], t[chosen], rows_of(cond, chosen))
                 gradients = torch.autograd.grad(mse_loss(predicted, target[chosen]), weights)
             for group, weight, gradient in zip(groups, weights, gradients, strict=True):
                 change = (weight * gradient).detach().flatten(1).sum(0).view(group.units, -1).sum(1)
@@ -424,9 +424,3 @@ class MosaicDiff(PruningModule):
         """Share of the dense sampling run's MACs that is left."""
         pruned = self.results().get(self.result_name)
         return {"aten": 1.0 if pruned is None else 1 - pruned.denoiser.facts["macs_removed"]}
-
-
-def _rows(cond: Condition, which: int | Tensor) -> Condition:
-    """The first rows of a condition, or those of some indices."""
-    index: Any = slice(which) if isinstance(which, int) else which
-    return cond[index] if isinstance(cond, Tensor) else {name: value[index] for name, value in cond.items()}

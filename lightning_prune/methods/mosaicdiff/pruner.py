@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.diffusion.conditions import Condition, move
+from lightning_prune.diffusion.conditions import Condition, move, rows_of
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
@@ -38,6 +38,8 @@ from lightning_prune.pruning.recalibration import recalibrate
 from lightning_prune.pruning.stages import Grid, Stage, published_sparsities, stage_means
 from lightning_prune.pruning.structural import Width, slim
 from lightning_prune.seeds import derive
+
+_IMAGES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -277,13 +279,19 @@ class Pruner:
         visited = visited_timesteps(self.process, self.sampler)[stage.first : stage.end]
         generator = torch.Generator().manual_seed(derive(self.seed, 73, stage.first))
         found, first = [], 0
-        for x0, cond in self.kept:
+        for x0, cond in self._kept_in_parts():
             t = visited[(first + torch.arange(len(x0))) % len(visited)]
             t = t if self.process.is_flow else t.long()
             x_t = self.process.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
             found.append((x_t.to(device), t.to(device), move(cond, device)))
             first += len(x0)
         return found
+
+    def _kept_in_parts(self) -> Iterator[tuple[Tensor, Condition]]:
+        """The kept images, few enough at a time for what networks hold meanwhile to stay small."""
+        for x0, cond in self.kept:
+            for index in torch.arange(len(x0)).split(_IMAGES_AT_ONCE):
+                yield x0[index], rows_of(cond, index)
 
 
 def rule_of(recipe: Recipe, stages: Sequence[Stage], grid: Grid, power: float) -> Callable[[float], list[float]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lightning_prune.diffusion.conditions import Condition, replace
+from lightning_prune.diffusion.conditions import replace, rows_of
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
@@ -68,7 +68,7 @@ class Recovery(PruningModule):
         for number, stage in enumerate(self.stages):
             chosen = torch.nonzero(stage_of == number).flatten().to(x_t.device)
             staged.at_step(stage.first, staged.steps)
-            predicted = self.denoise(x_t[chosen], t[chosen], _rows(cond, chosen))
+            predicted = self.denoise(x_t[chosen], t[chosen], rows_of(cond, chosen))
             errors.append(mse_loss(predicted, wanted[chosen]) * stage.steps / staged.steps)
         return torch.stack(errors).sum(), {}
 
@@ -76,7 +76,3 @@ class Recovery(PruningModule):
         """The dense network, the stages as they were pruned, and as they are now."""
         dense, start = self._teacher.on(self.device), self._start.on(self.device)
         return {"dense": Variant(dense), "training-free": Variant(start), "recovered": Variant(self.whole_denoiser())}
-
-
-def _rows(cond: Condition, index: Tensor) -> Condition:
-    return cond[index] if isinstance(cond, Tensor) else {name: value[index] for name, value in cond.items()}

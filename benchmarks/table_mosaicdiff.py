@@ -4,8 +4,9 @@
     python benchmarks/table_mosaicdiff.py [--device cuda]
     python benchmarks/table_mosaicdiff.py --write-card
 
-A run makes every allocation of one target from one calibration, and reports the dense network with fewer steps
-beside them. Targets are the share of the dense sampling run's MACs that is removed.
+A run makes several allocations of one target from one calibration. Targets are the share of the dense sampling run's
+MACs that is removed. All samples are drawn from the same noise, so what no seed has a part in is drawn once, and so
+are baselines that are far behind.
 """
 
 from __future__ import annotations
@@ -19,31 +20,36 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tables import ROOT, Job, Row, Table, distance_cell, interval, run_table
 
 SEEDS = (0, 1, 2)
-TARGETS = {"fashion_dit": (0.2, 0.33, 0.5), "fashion_unet": (0.33,)}
-MINUTES = {"fashion_dit": 40.0, "fashion_unet": 60.0}  # not measured: ten rows of 2,000 images of 20 steps
+TARGETS = {"fashion_dit": (0.33, 0.5, 0.2), "fashion_unet": (0.33,)}
+MINUTES_A_ROW = {"fashion_dit": 1.5, "fashion_unet": 5.0}
 STEPS = 20
 RESULT = "mosaicdiff measured"
-ONE_NETWORK = {
-    "one-network-obs": {"allocation": "uniform", "stages": 1},
-    "one-network-magnitude": {"allocation": "uniform", "stages": 1, "criterion": "magnitude", "compensate": False},
-    "one-network-taylor": {"allocation": "uniform", "stages": 1, "criterion": "taylor", "compensate": False},
-    "one-network-random": {"allocation": "uniform", "stages": 1, "criterion": "random", "compensate": False},
-}
-CORE = {
+Recipes = dict[str, dict[str, object]]
+CORE: Recipes = {
     "published": {"allocation": "published"},
     "uniform-per-stage": {"allocation": "uniform"},
-    "measured-on-outputs": {"allocation": "measured", "stages": 5, "sensitivity": "output"},
-    **ONE_NETWORK,
 }
+ONE_NETWORK = {"allocation": "uniform", "stages": 1}
+BASELINES: Recipes = {
+    "published-as-published": {"allocation": "published", "recalibrate": False},
+    "one-network-magnitude": {**ONE_NETWORK, "criterion": "magnitude", "compensate": False},
+    "one-network-taylor": {**ONE_NETWORK, "criterion": "taylor", "compensate": False},
+    "one-network-random": {**ONE_NETWORK, "criterion": "random", "compensate": False},
+}
+MEASURED = {"allocation": "measured", "stages": 5}
 # What a recipe switches: these share a calibration. What the calibration switches needs a run of its own.
-EXTENSION = {
+EXTENSION: Recipes = {
+    "uniform-not-recalibrated": {"allocation": "uniform", "recalibrate": False},
+    "not-recalibrated": {**MEASURED, "recalibrate": False},
+    "power-not-matched": {**MEASURED, "match_power": False},
+    "uniform-five-stages": {"allocation": "uniform", "stages": 5},
+    "outputs": {**MEASURED, "sensitivity": "output"},
+    "final-images": {**MEASURED, "sensitivity": "final"},
+    "layer-errors": {**MEASURED, "sensitivity": "layer"},
     "evolution": {"allocation": "evolution", "stages": 5},
     "learned": {"allocation": "learned", "stages": 5, "evaluations": 60},
-    "affine": {"allocation": "measured", "stages": 5, "affine": True},
-    "nested": {"allocation": "measured", "stages": 5, "nested": True},
-    "three-stages": {"allocation": "measured"},
-    "ten-stages": {"allocation": "measured", "stages": 10},
-    "layer-errors": {"allocation": "measured", "stages": 5, "sensitivity": "layer"},
+    "nested": {**MEASURED, "nested": True},
+    "ten-stages": {**MEASURED, "stages": 10},
     "published-snr": {"allocation": "published", "snr_weight": 0.05},
 }
 CALIBRATIONS = {
@@ -55,51 +61,66 @@ GUIDANCES = (1.5, 2.0)
 
 def jobs() -> Iterator[Job]:
     """Every run of the table."""
-    for network, targets in TARGETS.items():
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for network, targets in TARGETS.items():
             for target in targets:
-                yield _job(f"{network}-{target:g}-{seed}", network, target, seed, CORE, {RESULT: "measured"}, "core")
-    yield _job("fashion_dit-switches-0.33-0", "fashion_dit", 0.33, 0, EXTENSION, {}, "extension")
+                yield _core(network, target, seed)
+    for target in TARGETS["fashion_dit"]:
+        yield _baselines(target)
+    yield _job("fashion_dit-switches-0.33-0", 0.33, EXTENSION, {}, tier="extension")
     for name, options in CALIBRATIONS.items():
-        yield _job(
-            f"fashion_dit-{name}-0.33-0", "fashion_dit", 0.33, 0, {}, {RESULT: name}, "extension", options, minutes=15
-        )
+        yield _job(f"fashion_dit-{name}-0.33-0", 0.33, {}, {RESULT: name}, tier="extension", options=options)
     for scale in GUIDANCES:
-        options = (f"--model.guidance={scale:g}", *_report(f"guidance: {scale:g}"))
+        options = (f"--model.guidance={scale:g}",)
         for weighted in (False, True):
             name = f"guidance-{scale:g}" + ("-weighted" if weighted else "")
             rows = {RESULT: f"measured-{name}"}
             if not weighted:
                 rows |= {"dense": f"dense-{name}", "published": f"published-{name}"}
-            rivals = {} if weighted else {"published": CORE["published"]}
+            rivals: Recipes = {} if weighted else {"published": CORE["published"]}
             further = (*options, *(("--model.guidance_weighted=true",) if weighted else ()))
-            yield _job(f"fashion_dit-{name}-0", "fashion_dit", 0.33, 0, rivals, rows, "extension", further, minutes=60)
+            report = (f"guidance: {scale:g}",)
+            yield _job(f"fashion_dit-{name}-0", 0.33, rivals, rows, tier="extension", options=further, report=report)
 
 
-def _report(*further: str) -> tuple[str, ...]:
-    """The report's settings, as one option: `trainer.callbacks` is a list."""
-    settings = ", ".join(("samples: 2000", f"steps: {STEPS}", "protocol: table-v1", "fewer_steps: true", *further))
-    callback = f"{{class_path: lightning_prune.callbacks.EfficiencyReport, init_args: {{{settings}}}}}"
-    return (f"--trainer.callbacks=[{callback}]",)
+def _core(network: str, target: float, seed: int) -> Job:
+    """The result and its rivals."""
+    rows = {RESULT: "measured"}
+    if seed == 0 and target == TARGETS[network][0]:
+        rows["dense"] = "dense"
+    if seed == 0 and network == "fashion_unet":
+        rows[_fewer_steps(target)] = "dense-fewer-steps"
+    return _job(f"{network}-{target:g}-{seed}", target, CORE, rows, network=network, seed=seed)
+
+
+def _baselines(target: float) -> Job:
+    """Networks that are the same in all steps, and the dense one with fewer steps."""
+    rows = {_fewer_steps(target): "dense-fewer-steps", "mosaicdiff uniform": "one-network-obs"}
+    options = (f"--model.recipe={json.dumps(ONE_NETWORK)}",)
+    name = f"fashion_dit-baselines-{target:g}-0"
+    return _job(name, target, BASELINES, rows, options=options, result="mosaicdiff uniform")
+
+
+def _fewer_steps(target: float) -> str:
+    """A whole number of steps that costs no more than the result, which is a little below its budget."""
+    return f"dense, {int((1 - target) * STEPS - 1e-9)} steps"
 
 
 def _job(
     name: str,
-    network: str,
     target: float,
-    seed: int,
-    rivals: dict[str, dict[str, object]],
+    rivals: Recipes,
     rows: dict[str, str],
-    tier: str,
+    *,
+    network: str = "fashion_dit",
+    seed: int = 0,
+    tier: str = "core",
     options: tuple[str, ...] = (),
-    minutes: float | None = None,
+    report: tuple[str, ...] = (),
+    result: str = RESULT,
 ) -> Job:
     """A run; every rival is a row of its own name, and `rows` names the others."""
     named = {rival: rows.get(rival, rival) for rival in rivals} | rows
-    if tier == "core":
-        # A whole number of steps that costs no more than the result, which is a little below its budget.
-        steps = int((1 - target) * STEPS - 1e-9)
-        named |= {"dense": "dense", f"dense, {steps} steps": "dense-fewer-steps"}
     return Job(
         name=name,
         network=network,
@@ -110,26 +131,37 @@ def _job(
         options=(
             f"--model.target={target:g}",
             f"--model.rivals={json.dumps(rivals)}",
-            *(options if any("callbacks" in o for o in options) else (*options, *_report())),
+            *options,
+            _report([row for row in named if row != result], report),
         ),
         tier=tier,
-        minutes=MINUTES[network] if minutes is None else float(minutes),
+        # The result is drawn in every run.
+        minutes=MINUTES_A_ROW[network] * len({*named, result}) * (2 if report else 1) + 1,
     )
 
 
+def _report(rows: list[str], further: tuple[str, ...]) -> str:
+    """The report's settings, as one option: `trainer.callbacks` is a list."""
+    fixed = ("samples: 2000", f"steps: {STEPS}", "protocol: table-v1", "timed_images: 16", "timed_repeats: 1")
+    settings = ", ".join((*fixed, "fewer_steps: true", f"rows: {json.dumps(rows)}", *further))
+    callback = f"{{class_path: lightning_prune.callbacks.EfficiencyReport, init_args: {{{settings}}}}}"
+    return f"--trainer.callbacks=[{callback}]"
+
+
 def markdown(table: Table) -> str:
-    """Rows by network and target: distance, paired difference from the dense network, MACs removed."""
+    """Rows by network and target: distance, paired difference of that seed's measured allocation from it, MACs."""
     lines = [
-        "| network | target | variant | seed | fd_fashion (95 %) | less dense, paired | MACs removed |",
+        "| network | target | variant | seed | fd_fashion (95 %) | measured less this, paired | MACs removed |",
         "|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(_line(table, row) for row in table.rows)])
+    order = sorted(table.rows, key=lambda r: (r["network"], r["target"], r["tier"], r["fd_fashion"]["value"]))
+    return "\n".join([*lines, *(_line(table, row) for row in order)])
 
 
 def _line(table: Table, row: Row) -> str:
-    wanted = (row["network"], row["seed"], row["target"], "dense")
-    dense = [o for o in table.rows if (o["network"], o["seed"], o["target"], o["variant"]) == wanted]
-    paired = table.difference(row, dense[0]) if dense and dense[0] is not row else None
+    wanted = (row["network"], row["seed"], row["target"], "measured")
+    result = [o for o in table.rows if (o["network"], o["seed"], o["target"], o["variant"]) == wanted]
+    paired = table.difference(result[0], row) if result and result[0] is not row else None
     removed = 1 - row["macs_per_image"] / row["macs_per_image_dense"]
     cells = [row["network"], row["target"], row["variant"], str(row["seed"]), distance_cell(row), interval(paired)]
     return f"| {' | '.join(cells)} | {removed:.4f} |"

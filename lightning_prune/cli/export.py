@@ -13,8 +13,10 @@ from jsonargparse import ArgumentParser
 
 from lightning_prune import methods
 from lightning_prune.cli.checkpoints import check_checkpoint, read_checkpoint
+from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.export import load, save_artifact
 from lightning_prune.export.artifact import read_manifest
+from lightning_prune.export.homogeneous import write_homogeneous
 from lightning_prune.export.packed import write_packed
 from lightning_prune.export.semi_structured import missing
 from lightning_prune.module import PruningModule
@@ -28,6 +30,8 @@ def run(args: Sequence[str]) -> int:
         raise InputError(f"--output: {options.output} exists already")
     if options.format == "semi-structured":
         _pack(options)
+    elif options.format == "homogeneous":
+        _homogeneous(options)
     else:
         _from_checkpoint(options)
     print(f"wrote {options.output}")
@@ -38,14 +42,15 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     """The options, checked against each other."""
     parser = argparse.ArgumentParser(prog="lightning_prune export", description=__doc__, exit_on_error=False)
     parser.add_argument("--ckpt_path", type=Path, help="checkpoint to convert")
-    parser.add_argument("--artifact", type=Path, help="artifact to convert, for --format semi-structured")
+    parser.add_argument("--artifact", type=Path, help="artifact to convert, for other formats than dense")
     parser.add_argument("--config", type=Path, help="config of the run; by default the one in the checkpoint")
     parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
-    parser.add_argument("--format", choices=["dense", "semi-structured"], default="dense", help="default dense")
+    formats = ["dense", "semi-structured", "homogeneous"]
+    parser.add_argument("--format", choices=formats, default="dense", help="default dense")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of packed layers")
     parser.add_argument("--device", help="cuda: time every layer on it and pack those that win; default: pack all")
     options = parser.parse_args(list(args))
-    needed = "artifact" if options.format == "semi-structured" else "ckpt_path"
+    needed = "ckpt_path" if options.format == "dense" else "artifact"
     if getattr(options, needed) is None:
         raise InputError(f"--{needed}: needed for --format {options.format}")
     return options
@@ -75,6 +80,14 @@ def _pack(options: argparse.Namespace) -> None:
         print(f"  dense: {name}: {reason}")
     if options.device is None:
         print(f"  nothing was timed: {missing('cuda') or 'no --device was given'}")
+
+
+def _homogeneous(options: argparse.Namespace) -> None:
+    denoiser = load(options.artifact)
+    if not isinstance(denoiser, StagedDenoiser):
+        raise InputError(f"--artifact: {options.artifact}: holds no stages")
+    for folder in write_homogeneous(denoiser, options.output):
+        print(f"  {folder.name}: a stock configuration")
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -18,6 +18,13 @@ def stack(first: Condition, second: Condition) -> Condition:
     return {name: torch.cat([value, second[name]]) for name, value in first.items()}
 
 
+def rows_of(cond: Condition, index: Tensor | slice) -> Condition:
+    """Some rows of a condition."""
+    if isinstance(cond, Tensor):
+        return cond[index]
+    return {name: value[index] for name, value in cond.items()}
+
+
 def move(cond: Condition, device: torch.device | str) -> Condition:
     """The condition on `device`."""
     if isinstance(cond, Tensor):

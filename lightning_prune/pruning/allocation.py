@@ -1,4 +1,7 @@
-"""How many units each width group loses in each stage, under a budget of MACs for the whole sampling run."""
+"""How many units each width group loses in each stage, under a budget for the whole sampling run.
+
+Budgets are MACs; anything else that calls and units cost in proportion, such as seconds, may stand in their place.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ class Problem:
         steps: sampling steps of each stage.
         errors: cost of removing the first k units, k = 0 .. units - 1, by stage and group, rising.
         maximum: largest share of a group's units that may go.
+        unit: what is counted, for messages.
     """
 
     groups: Sequence[WidthGroup]
@@ -34,6 +38,7 @@ class Problem:
     steps: Sequence[int]
     errors: Sequence[Sequence[Tensor]]
     maximum: float = MAXIMUM
+    unit: str = "MACs"
 
     @property
     def dense_macs(self) -> int:
@@ -76,8 +81,8 @@ class Problem:
         if not 0 <= target < 1 or budget < least:
             reach = 1 - least / self.dense_macs
             raise InputError(
-                f"model.target: {target:g} of the MACs cannot be removed; with at most {self.maximum:g} of every width "
-                f"the largest is {int(reach * 10000) / 10000:g}"
+                f"model.target: {target:g} of the {self.unit} cannot be removed; with at most {self.maximum:g} of "
+                f"every width the largest is {int(reach * 10000) / 10000:g}"
             )
         return budget
 
@@ -106,7 +111,9 @@ def solve_level(problem: Problem, rule: Callable[[float], Sequence[float]], budg
     least = problem.macs(uniform_in_stages(problem, rule(high)))
     if least > budget:
         reach = int((1 - least / problem.dense_macs) * 10000) / 10000
-        raise InputError(f"model.target: a rule that is uniform over layers removes at most {reach:g} of the MACs")
+        raise InputError(
+            f"model.target: a rule that is uniform over layers removes at most {reach:g} of the {problem.unit}"
+        )
     for _ in range(40):
         middle = (low + high) / 2
         if problem.macs(uniform_in_stages(problem, rule(middle))) <= budget:
@@ -128,7 +135,7 @@ def give_back(problem: Problem, removed: Removed, budget: int) -> Removed:
                 cost = problem.steps[s] * problem.unit_macs[g]
                 if k == 0 or cost > left:
                     continue
-                gain = (errors[s][g][k] - errors[s][g][k - 1]) / cost
+                gain = (errors[s][g][k] - errors[s][g][k - 1]) / max(cost, 1)
                 if best is None or gain > best[0]:
                     best = (gain, s, g)
         if best is None:

@@ -37,8 +37,9 @@ class Curvature:
 
     def __init__(self, network: nn.Module, groups: Sequence[WidthGroup], bins: int, folder: Path | None = None) -> None:
         self.network, self.groups, self.bins = network, list(groups), bins
+        self.folder = folder
         sizes = {g.name: g.units * g.columns + 1 for g in self.groups}
-        self._store = _mapped(bins * sum(n * n for n in sizes.values()), folder)
+        self._store = mapped(bins * sum(n * n for n in sizes.values()), folder)
         self.sums: dict[str, Tensor] = {}
         start = 0
         for name, n in sizes.items():
@@ -103,7 +104,8 @@ class Curvature:
         self.rows.copy_(state["rows"])
 
 
-def _mapped(size: int, folder: Path | None) -> Tensor:
+def mapped(size: int, folder: Path | None) -> Tensor:
+    """Floats [size] in a file of `folder` that goes with the process; zeros in memory without one."""
     if folder is None:
         return torch.zeros(size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,7 @@ def _accumulate(sums: Tensor, layer: nn.Module, x: Tensor, scale: Tensor | None)
     total = 0
     per_sample = max(1, x[0].numel() // max(1, x.shape[1] if x.ndim == 4 else x.shape[-1]))
     for part in torch.arange(len(x)).split(max(1, _ROWS_AT_ONCE // per_sample)):
-        rows = _rows(layer, x[part])
+        rows = rows_read(layer, x[part])
         if scale is not None:
             rows = rows * scale[part].sqrt().view(-1, 1, 1)
         ones = rows.new_ones(*rows.shape[:2], 1)
@@ -129,7 +131,7 @@ def _accumulate(sums: Tensor, layer: nn.Module, x: Tensor, scale: Tensor | None)
     return total
 
 
-def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+def rows_read(layer: nn.Module, x: Tensor) -> Tensor:
     """Rows [B, positions, columns] that a layer reads of its input."""
     if isinstance(layer, nn.Conv2d):
         if isinstance(layer.padding, str):

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
+from lightning_prune import load
+from lightning_prune.cli import main
 from lightning_prune.data import fashion
+from lightning_prune.diffusion.routing import StagedDenoiser
 from tests.cli.test_bad_input import MODEL, refused
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "mosaicdiff_dit.yaml"
@@ -20,6 +23,9 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "mosaicdiff_dit.yaml"
         ([f"{MODEL}.recipe.stages=9"], "9 stages of 4 sampling steps"),
         ([f"{MODEL}.recipe.allocation=best"], "allocation"),
         ([f"{MODEL}.steps=0"], "0 sampling steps"),
+        ([f"{MODEL}.steps=1"], "2 stages of 1 sampling steps"),
+        ([f"{MODEL}.recalibration_images=0"], "model.recalibration_images"),
+        ([f"{MODEL}.recipe.match_power=maybe"], "match_power"),
         (["--data.init_args.batch_size=2"], "2 samples for 3 stages"),
     ],
 )
@@ -27,6 +33,17 @@ def test_the_line_names_what_is_wrong(
     arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert named in refused(arguments, capsys, tmp_path, SMOKE)
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_samplers_of_few_steps_have_the_published_stages_that_are_not_empty(steps: int, tmp_path: Path) -> None:
+    few = [f"--model.steps={steps}", "--model.recipe={allocation: published, stages: null}", "--model.rivals={}"]
+    quick = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0", "--trainer.callbacks=[]"]
+    assert main(["fit", "--config", str(SMOKE), "--run.root", str(tmp_path), "--run.name", "run", *few, *quick]) == 0
+    stages = load(tmp_path / "run" / "artifact")
+    assert isinstance(stages, StagedDenoiser)
+    assert sum(stages.lengths) == steps
+    assert min(stages.lengths) >= 1
 
 
 def test_a_network_whose_widths_cannot_be_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe
+from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe, seconds
 from lightning_prune.methods.mosaicdiff.plan import (
     draw_in_bins,
     refine,
@@ -44,6 +44,8 @@ RIVALS = {
     "learned": Recipe("learned", stages=2, evaluations=1),
     "layers": Recipe(stages=2, sensitivity="layer", nested=True),
     "affine": Recipe(stages=2, sensitivity="output", affine=True),
+    "layer by layer": Recipe(stages=2, sensitivity="final", recalibrate=False),
+    "least squares": Recipe("uniform", match_power=False),
 }
 
 
@@ -116,7 +118,9 @@ def test_parameters_held_are_counted(run: tuple[MosaicDiff, Path]) -> None:
         found = run[0].parameters_of(pruned)
         assert found["shared"] <= found["stitched"]
         if all(k > 0 for row in pruned.removed for k in row):  # or stages share what one of them leaves whole
-            assert found["shared"] == parameters_held(run[0].denoiser, pruned.problem, pruned.removed)
+            assert found["shared"] == parameters_held(
+                run[0].denoiser, pruned.problem, pruned.removed, Recipe(**pruned.denoiser.facts["recipe"])
+            )
 
 
 def test_what_is_planned_is_what_a_uniform_recipe_does(run: tuple[MosaicDiff, Path]) -> None:
@@ -126,6 +130,41 @@ def test_what_is_planned_is_what_a_uniform_recipe_does(run: tuple[MosaicDiff, Pa
     assert planned.macs_kept == 1 - pruned.denoiser.facts["macs_removed"]
     assert set(planned.touched) == {group.name for group in pruned.problem.groups}
     assert planned.parameters_kept == sum(p.numel() for p in pruned.denoiser.parameters())
+
+
+def test_a_target_in_seconds_is_met_where_seconds_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here heads take three quarters of the time and channels none, whatever their MACs are."""
+
+    def medians(arms: Any, repeats: int) -> dict[str, float]:
+        return {name: 1.0 - (3 / 16 if "attn" in name else 0.0) for name in arms}
+
+    monkeypatch.setattr(seconds, "interleaved_medians", medians)
+    pruned = calibrate(module(target_of="seconds", rivals={"uniform": Recipe("uniform")}), tmp_path)
+    for name, result in pruned.results().items():
+        kinds = [group.kind for group in result.problem.groups]
+        channels = [k for row in result.removed for kind, k in zip(kinds, row, strict=True) if kind == "channels"]
+        assert result.denoiser.facts["predicted_seconds_removed"] >= 0.25
+        assert name == "uniform" or set(channels) == {0}, "removing what takes no time gains nothing"
+        assert (
+            result.denoiser.facts["macs_per_image"]
+            == trajectory_cost(result.denoiser, PROCESS, Sampler(steps=4)).macs()
+        ), "MACs stay MACs"
+    impossible = module(target=0.7, target_of="seconds", recipe=Recipe("measured", stages=1))
+    with pytest.raises(InputError, match=r"0\.7 of the seconds cannot be removed"):
+        calibrate(impossible, tmp_path / "impossible")
+
+
+def test_switches_of_recalibration_change_weights_but_not_widths(run: tuple[MosaicDiff, Path]) -> None:
+    matched, least = run[0].results()["uniform"], run[0].results()["least squares"]
+    assert matched.removed == least.removed
+    assert not torch.equal(images(matched.denoiser), images(least.denoiser))
+    assert sum(len(x0) for x0, _ in run[0]._kept) == 2 * 8, "every image of two batches of eight"
+
+
+def test_only_so_many_images_are_kept(tmp_path: Path) -> None:
+    pruned = calibrate(module(recalibration_images=11), tmp_path)
+    assert [(len(x0), len(cond)) for x0, cond in pruned._kept] == [(8, 8), (3, 3)]
+    assert torch.isfinite(images(pruned.results()["mosaicdiff measured"].denoiser)).all()
 
 
 def test_variants_are_named_before_they_exist() -> None:
@@ -223,6 +262,7 @@ def test_few_steps(steps: int, tmp_path: Path) -> None:
         ({"damping": -1.0}, r"model\.damping"),
         ({"power": 0.0}, r"model\.power"),
         ({"probe_images": 0}, r"model\.probe_images"),
+        ({"recalibration_images": 0}, r"model\.recalibration_images"),
         ({"guidance_weighted": True}, r"model\.guidance_weighted"),
         ({"recipe": Recipe(stages=5)}, "5 stages of 4 sampling steps"),
         ({"steps": 0}, "0 sampling steps"),

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lightning_prune.diffusion.conditions import Condition, move, stack
+from lightning_prune.diffusion.conditions import Condition, move, rows_of, stack
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import OnStep, guided, integrate, sample_images
@@ -31,6 +31,7 @@ from lightning_prune.methods.mosaicdiff.plan import (
 )
 from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, expected_removal, parameters_held
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
+from lightning_prune.methods.mosaicdiff.seconds import Costs, measured_costs
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError, Plan
@@ -49,7 +50,7 @@ class MosaicDiff(PruningModule):
     Args:
         denoiser: the pretrained dense network.
         process: its process.
-        target: share of the dense sampling run's MACs (aten) to remove.
+        target: share of the dense sampling run's MACs (aten) to remove, or of what else `target_of` says.
         recipe: how; the result of the run.
         rivals: further recipes to report beside it, from the same statistics, by row name.
         sampler: the solver whose run is made cheaper.
@@ -60,6 +61,10 @@ class MosaicDiff(PruningModule):
         power: mean square of clean data; null measures it on the first batch.
         damping: of the second moments, relative to their mean diagonal.
         probe_images: images that allocations measure with.
+        recalibration_images: calibration images that are kept, for pruned layers to be refitted on what they read in
+            their own network.
+        target_of: what the target is a share of: MACs, or seconds as measured on this machine, where two runs may
+            differ. What is planned is planned in MACs.
         spill: keep statistics in a file mapped from the run folder instead of in memory.
         seed: seed of timesteps and noise; null takes that of `seed_everything`.
     """
@@ -81,6 +86,8 @@ class MosaicDiff(PruningModule):
         power: float | None = None,
         damping: float = 1e-3,
         probe_images: int = 16,
+        recalibration_images: int = 256,
+        target_of: Literal["macs", "seconds"] = "macs",
         spill: bool = True,
         seed: int | None = None,
     ) -> None:
@@ -94,6 +101,8 @@ class MosaicDiff(PruningModule):
             raise InputError(f"model.power: {power:g} is not positive")
         if probe_images < 1:
             raise InputError(f"model.probe_images: {probe_images} is not positive")
+        if recalibration_images < 1:
+            raise InputError(f"model.recalibration_images: {recalibration_images} is not positive")
         if guidance_weighted and guidance == 1.0:
             raise InputError("model.guidance_weighted: there is no guidance to weigh by; set model.guidance")
         if not denoiser.groups():
@@ -102,7 +111,8 @@ class MosaicDiff(PruningModule):
         self.sampler = Sampler(sampler, steps, guidance)
         self.calibration, self.guidance_weighted = calibration, guidance_weighted
         self.power, self.damping, self.probe_images = power, damping, probe_images
-        self.spill = spill
+        self.target_of: Literal["macs", "seconds"] = target_of
+        self.recalibration_images, self.spill = recalibration_images, spill
         self.grid = sampling_grid(process, self.sampler)
         # Refuses stages that the sampler has no steps for before any work is done.
         for each in self._recipes().values():
@@ -111,6 +121,7 @@ class MosaicDiff(PruningModule):
         self._curvature: Curvature | None = None
         self._importance: dict[str, Tensor] = {}
         self._probe_cond: Condition | None = None
+        self._kept: list[tuple[Tensor, Condition]] = []
         self._calibrated_on = hashlib.sha256().hexdigest()
         self._summed = self._calibrated = False
         self._pruned: Shared[dict[str, Pruned]] = Shared({})
@@ -149,9 +160,9 @@ class MosaicDiff(PruningModule):
             # The same on every process, or their stages would differ.
             power = self.trainer.strategy.reduce(batch["x"].square().mean().to(self.device), reduce_op="mean")
             self.power = float(power)
-        for recipe in self._recipes().values():
+        for recipe in self._recipes().values() if self.target_of == "macs" else ():
             expected_removal(self.denoiser, self.grid, self.power, recipe, self.target)
-        self._probe_cond = self._same_everywhere(move(_rows(batch["cond"], self.probe_images), self.device))
+        self._probe_cond = self._same_everywhere(move(rows_of(batch["cond"], slice(self.probe_images)), self.device))
         partitions = [stages_for(recipe, self.grid, self.power) for recipe in self._recipes().values()]
         self._make_statistics(refine(partitions))
         if len(batch["x"]) < len(self._bins) and self.calibration == "noised":
@@ -180,9 +191,16 @@ class MosaicDiff(PruningModule):
             self._see_noised(batch, generator)
         else:
             self._see_own_states(batch, index)
+        self._keep(batch)
         self._calibrated_on = hashlib.sha256(
             self._calibrated_on.encode() + batch["id"].cpu().numpy().tobytes()
         ).hexdigest()
+
+    def _keep(self, batch: Batch) -> None:
+        """Hold the first images, for recalibration."""
+        missing = self.recalibration_images - sum(len(x0) for x0, _ in self._kept)
+        if missing > 0:
+            self._kept.append((batch["x"][:missing].cpu(), move(rows_of(batch["cond"], slice(missing)), "cpu")))
 
     def _see_noised(self, batch: Batch, generator: torch.Generator) -> None:
         """One pass over a batch of real images, noised into all stages in turn."""
@@ -239,7 +257,7 @@ class MosaicDiff(PruningModule):
         for index in bin_of.unique().tolist():
             chosen = torch.nonzero(bin_of == index).flatten().to(x.device)
             with torch.enable_grad():
-                predicted = self.denoiser(x[chosen], t[chosen], _rows(cond, chosen))
+                predicted = self.denoiser(x[chosen], t[chosen], rows_of(cond, chosen))
                 gradients = torch.autograd.grad(mse_loss(predicted, target[chosen]), weights)
             for group, weight, gradient in zip(groups, weights, gradients, strict=True):
                 change = (weight * gradient).detach().flatten(1).sum(0).view(group.units, -1).sum(1)
@@ -255,6 +273,7 @@ class MosaicDiff(PruningModule):
             "bins": [stage.steps for stage in self._bins],
             "power": self.power,
             "cond": self._probe_cond,
+            "kept": self._kept,
             "calibrated_on": self._calibrated_on,
             "importance": importance,
             **self._curvature.state(self._sum),
@@ -266,6 +285,7 @@ class MosaicDiff(PruningModule):
             return
         self.power, self._probe_cond = state["power"], state["cond"]
         self._calibrated_on = state["calibrated_on"]
+        self._kept = [(x0, cond) for x0, cond in state["kept"]]
         self._make_statistics(stages_of(state["bins"]))
         needed = refine(stages_for(recipe, self.grid, self.power or 1.0) for recipe in self._recipes().values())
         if needed != self._bins:
@@ -304,6 +324,8 @@ class MosaicDiff(PruningModule):
         if not self._summed:
             self._importance = {name: self._sum(values) for name, values in self._importance.items()}
             self._curvature.load(self._curvature.state(self._sum))
+            # The first process', or stages would differ.
+            self._kept = self.trainer.strategy.broadcast(self._kept) if self._trainer is not None else self._kept
             self._summed = True
         self.denoiser.eval()
         seed = derive(self.seed, 3)
@@ -317,10 +339,23 @@ class MosaicDiff(PruningModule):
             self.damping,
             Probe(self.denoiser, self.process, self.sampler, self._probe_cond, seed),
             self.seed,
+            self._kept,
             self._importance,
-            {"target": self.target, "calibration": {"of": self.calibration, "sha256": self._calibrated_on}},
+            {
+                "target": self.target,
+                "target_of": self.target_of,
+                "calibration": {"of": self.calibration, "sha256": self._calibrated_on},
+            },
+            self._costs(),
         )
         return {name: pruner.prune(recipe, self.target) for name, recipe in self._recipes().items()}
+
+    def _costs(self) -> Costs | None:
+        """Seconds of the first process, or stages would differ."""
+        if self.target_of == "macs":
+            return None
+        costs = measured_costs(self.denoiser)
+        return costs if self._trainer is None else self.trainer.strategy.broadcast(costs)
 
     def write_results(self, trainer: pl.Trainer) -> None:
         """Prune, write and log the stages, then let callbacks work on the result."""
@@ -375,7 +410,7 @@ class MosaicDiff(PruningModule):
             target=f"{self.target:g} of MACs removed" if wanted is None else f"{wanted:g} of units removed",
             touched=tuple(group.name for group in problem.groups),
             macs_kept=problem.macs(removed) / problem.dense_macs,
-            parameters_kept=parameters_held(self.denoiser, problem, removed),
+            parameters_kept=parameters_held(self.denoiser, problem, removed, self.recipe),
         )
 
     def sample_images(
@@ -389,9 +424,3 @@ class MosaicDiff(PruningModule):
         """Share of the dense sampling run's MACs that is left."""
         pruned = self.results().get(self.result_name)
         return {"aten": 1.0 if pruned is None else 1 - pruned.denoiser.facts["macs_removed"]}
-
-
-def _rows(cond: Condition, which: int | Tensor) -> Condition:
-    """The first rows of a condition, or those of some indices."""
-    index: Any = slice(which) if isinstance(which, int) else which
-    return cond[index] if isinstance(cond, Tensor) else {name: value[index] for name, value in cond.items()}

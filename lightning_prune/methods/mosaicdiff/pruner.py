@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_prune.diffusion.conditions import Condition, move, rows_of
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
+from lightning_prune.diffusion.samplers import guided
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import evolution, relaxation
 from lightning_prune.methods.mosaicdiff.plan import sampling_grid, share_of_bins, stages_for, visited_timesteps
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
+from lightning_prune.methods.mosaicdiff.seconds import Costs
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe, measured_errors
 from lightning_prune.metrics.macs import Ledger, count_denoiser
 from lightning_prune.protocols import InputError, WidthGroup
@@ -30,9 +34,12 @@ from lightning_prune.pruning.allocation import (
 )
 from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.obs import Layer, Removal, columns_of, greedy_removal, removal_in_order
+from lightning_prune.pruning.recalibration import recalibrate
 from lightning_prune.pruning.stages import Grid, Stage, published_sparsities, stage_means
 from lightning_prune.pruning.structural import Width, slim
 from lightning_prune.seeds import derive
+
+_IMAGES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,10 @@ class Pruner:
         damping: of the second moments, relative to their mean diagonal.
         probe: trajectories of the dense network, for allocations that measure; made when first needed.
         seed: seed of the random criterion and of searches.
+        kept: batches of calibration images and their conditions, for layers to be recalibrated on.
         importance: first-order importance [bins, units] by group, for the "taylor" criterion.
         facts: further entries of the manifest.
+        costs: seconds of a call and its units, for targets that are a share of seconds; null means MACs.
         curves: measured errors that recipes share.
     """
 
@@ -73,8 +82,10 @@ class Pruner:
     damping: float
     probe: Probe
     seed: int = 0
+    kept: Sequence[tuple[Tensor, Condition]] = ()
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    costs: Costs | None = None
     curves: dict[Any, Tensor] = field(default_factory=dict)
     _known: dict[Any, Removal] = field(default_factory=dict)
 
@@ -96,7 +107,8 @@ class Pruner:
         problem = self.problem(stages, recipe, removals)
         if recipe.allocation == "measured" and recipe.sensitivity != "layer":
             problem = replace(problem, errors=measured_errors(self, stages, recipe, removals, problem))
-        removed = self._allocate(recipe, target, stages, removals, problem)
+        timed = self._timed(problem)
+        removed = self._allocate(recipe, target, stages, removals, timed or problem)
         facts = {
             "recipe": asdict(recipe),
             "power": self.power,
@@ -105,9 +117,13 @@ class Pruner:
             "macs_removed": 1 - problem.macs(removed) / problem.dense_macs,
             "dense_macs_per_call": problem.call_macs,
             "macs_per_call": [replace(problem, steps=[1], errors=[[]]).macs([row]) for row in removed],
+            **({} if timed is None else {"predicted_seconds_removed": 1 - timed.macs(removed) / timed.dense_macs}),
             **self.facts,
         }
-        return Pruned(self.build(stages, recipe, removals, removed, facts), stages, problem, removed)
+        denoiser = self.build(stages, recipe, removals, removed, facts)
+        if recipe.compensate and recipe.recalibrate:
+            self.recalibrate(denoiser, stages, removed, recipe.match_power)
+        return Pruned(denoiser, stages, problem, removed)
 
     # Orders of removal
 
@@ -177,6 +193,12 @@ class Pruner:
         steps = [stage.steps for stage in stages]
         return Problem(self.groups, self.unit_macs, self.call_macs, steps, errors, recipe.maximum)
 
+    def _timed(self, problem: Problem) -> Problem | None:
+        """The same in measured seconds, where the target is a share of them."""
+        if self.costs is None:
+            return None
+        return replace(problem, unit_macs=self.costs.units, call_macs=self.costs.call, unit="seconds")
+
     def _allocate(
         self, recipe: Recipe, target: float, stages: list[Stage], removals: list[list[Removal]], problem: Problem
     ) -> Removed:
@@ -232,6 +254,45 @@ class Pruner:
         denoiser = StagedDenoiser(self.dense, networks, [stage.steps for stage in stages], facts)
         return denoiser.eval().requires_grad_(False)
 
+    def recalibrate(
+        self, denoiser: StagedDenoiser, stages: Sequence[Stage], removed: Removed, match_power: bool
+    ) -> None:
+        """Refit the layers that were cut on what they read in their own stage's network."""
+        assert self.kept, "there are no images to recalibrate on"
+        for stage, network, row in zip(stages, denoiser.networks, removed, strict=True):
+            cut = [group for group, count in zip(self.groups, row, strict=True) if count]
+            samples = self.samples(stage)
+
+            def call(
+                one: Denoiser, batch: int, samples: Sequence[tuple[Tensor, Tensor, Condition]] = samples
+            ) -> Tensor:
+                return guided(one, one.null_condition, self.sampler.guidance, one.guide)(*samples[batch])
+
+            denoiser.at_step(stage.first, denoiser.steps)
+            run, run_dense = partial(call, denoiser), partial(call, self.dense)
+            batches, folder = len(samples), self.curvature.folder
+            recalibrate(network, run, self.dense.network, run_dense, batches, cut, self.damping, match_power, folder)
+
+    def samples(self, stage: Stage) -> list[tuple[Tensor, Tensor, Condition]]:
+        """The kept images noised to the steps of a stage in turn, their timesteps, and their conditions, in batches."""
+        device = next(self.dense.parameters()).device
+        visited = visited_timesteps(self.process, self.sampler)[stage.first : stage.end]
+        generator = torch.Generator().manual_seed(derive(self.seed, 73, stage.first))
+        found, first = [], 0
+        for x0, cond in self._kept_in_parts():
+            t = visited[(first + torch.arange(len(x0))) % len(visited)]
+            t = t if self.process.is_flow else t.long()
+            x_t = self.process.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
+            found.append((x_t.to(device), t.to(device), move(cond, device)))
+            first += len(x0)
+        return found
+
+    def _kept_in_parts(self) -> Iterator[tuple[Tensor, Condition]]:
+        """The kept images, few enough at a time for what networks hold meanwhile to stay small."""
+        for x0, cond in self.kept:
+            for index in torch.arange(len(x0)).split(_IMAGES_AT_ONCE):
+                yield x0[index], rows_of(cond, index)
+
 
 def rule_of(recipe: Recipe, stages: Sequence[Stage], grid: Grid, power: float) -> Callable[[float], list[float]]:
     """From S to the sparsity of each stage, for recipes that have one for all layers."""
@@ -266,16 +327,21 @@ def expected_removal(
     return problem, solve_level(problem, rule, problem.budget(target))[1]
 
 
-def parameters_held(dense: Denoiser, problem: Problem, removed: Removed) -> int:
+def parameters_held(dense: Denoiser, problem: Problem, removed: Removed, recipe: Recipe) -> int:
     """Parameters of all stages together, those that none cuts once."""
     parameters = dict(dense.network.named_parameters())
     cut = {cut.parameter for group in problem.groups for cut in group.cuts}
+    biases = [len(parameters[b]) if (b := f"{g.output}.bias") in parameters else 0 for g in problem.groups]
     units = [sum(parameters[c.parameter].numel() for c in group.cuts) // group.units for group in problem.groups]
     kept = sum(
         unit * (group.units - count)
         for row in removed
         for unit, group, count in zip(units, problem.groups, row, strict=True)
     )
+    if recipe.refits_biases:
+        kept += sum(bias for row in removed for bias, count in zip(biases, row, strict=True) if count)
+        # A layer that no stage leaves whole holds its dense bias nowhere.
+        kept -= sum(bias for g, bias in enumerate(biases) if all(row[g] for row in removed))
     return sum(p.numel() for name, p in parameters.items() if name not in cut) + kept
 
 

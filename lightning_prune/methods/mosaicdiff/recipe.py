@@ -10,7 +10,7 @@ from lightning_prune.pruning.stages import MAXIMUM
 
 Allocator = Literal["published", "uniform", "measured", "evolution", "learned"]
 Criterion = Literal["obs", "magnitude", "taylor", "random"]
-Sensitivity = Literal["final", "output", "layer"]
+Sensitivity = Literal["balanced", "final", "output", "layer"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,17 @@ class Recipe:
         criterion: what units go first: Optimal Brain Surgeon's error, the norm of their weights, the first-order change
             of the loss, or chance.
         compensate: refit the layers that read removed units.
-        affine: refit their biases too.
+        recalibrate: refit them, with their biases, once more in the order they run, on what they read in the pruned
+            network; follows `compensate`.
+        match_power: scale what recalibrated layers give to the variance that the dense network's have.
+        affine: refit biases with the weights when errors are predicted, too.
         nested: one order of removal for all stages, so that what a stage keeps contains what a slimmer one keeps.
         sparsity: share of units to remove on average, for "published" and "uniform", in place of a target in MACs.
         threshold: M of the published stages.
         snr_weight: lambda' of the published score.
-        sensitivity: what "measured" weighs errors by: the drift of final images when one stage is pruned, the error of
-            the network's output, or that of single layers.
+        sensitivity: what "measured" weighs errors by: the error of the network's output ("output"), the drift of final
+            images when one stage is pruned ("final"), a geometric mean of both that is nearer to the first
+            ("balanced"), or errors of single layers ("layer").
         maximum: largest share of a width that may go.
         evaluations: candidates that "evolution" samples with, and steps that "learned" takes.
 
@@ -44,12 +48,14 @@ class Recipe:
     stages: int | None = None
     criterion: Criterion = "obs"
     compensate: bool = True
+    recalibrate: bool = True
+    match_power: bool = True
     affine: bool = False
     nested: bool = False
     sparsity: float | None = None
     threshold: float = 0.55
     snr_weight: float = 0.0
-    sensitivity: Sensitivity = "final"
+    sensitivity: Sensitivity = "balanced"
     maximum: float = MAXIMUM
     evaluations: int = 24
 
@@ -66,3 +72,8 @@ class Recipe:
             raise InputError(f"recipe.threshold: {self.threshold:g} is not in (0, 1]")
         if self.evaluations < 1:
             raise InputError(f"recipe.evaluations: {self.evaluations} is not positive")
+
+    @property
+    def refits_biases(self) -> bool:
+        """Whether layers that are cut get biases of their own."""
+        return self.compensate and (self.affine or self.recalibrate)

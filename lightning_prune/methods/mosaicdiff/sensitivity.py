@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _SHARES = (1 / 3, 2 / 3)
 _STEPS_PER_STAGE = 2
+# Errors of early steps change which image is drawn more than how good it is, so drift alone weighs them too high.
+_DRIFT_SHARE = 0.25
 
 
 @dataclass
@@ -131,8 +133,10 @@ def measured_errors(
     for stage, orders in zip(stages, removals, strict=True):
         curves = [_curve(pruner, stage, recipe, g, order, problem.most(g)) for g, order in enumerate(orders)]
         weight = float(stage.steps)
-        if recipe.sensitivity == "final":
-            weight = _drift_per_error(pruner, stages, stage, recipe, orders, curves, problem)
+        if recipe.sensitivity in ("balanced", "final"):
+            drift = _drift_per_error(pruner, stages, stage, recipe, orders, curves, problem)
+            share = 1.0 if recipe.sensitivity == "final" else _DRIFT_SHARE
+            weight = weight ** (1 - share) * drift**share
         found.append([curve * weight for curve in curves])
     return found
 

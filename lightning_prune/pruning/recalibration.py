@@ -1,0 +1,180 @@
+"""Refitting a slim network's layers once more, in the order they run, on what they really read.
+
+Layers that are refitted one by one on the inputs of the dense network know nothing of the errors before them. Here
+each layer that was cut is refitted when its turn comes, on its inputs X in the slim network, to the outputs Y that the
+dense network's layer has for the same samples:
+
+    W <- W + (Y - X W^T)^T X (X^T X + m I)^-1
+
+which draws towards the weights it had. Least squares give outputs less power than the dense layer's, by exactly what
+they cannot explain; over the steps of a sampling run this becomes a loss of contrast and detail. `match_power` scales
+the weights so that outputs vary as much as the dense layer's.
+
+Samples are seen a batch at a time, once by the dense network and as far as each layer by the slim one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.protocols import WidthGroup
+from lightning_prune.pruning.curvature import mapped, rows_read
+from lightning_prune.pruning.obs import Layer
+
+Run = Callable[[int], object]
+
+
+@torch.no_grad()
+def recalibrate(
+    slim: nn.Module,
+    run: Run,
+    dense: nn.Module,
+    run_dense: Run,
+    batches: int,
+    groups: Sequence[WidthGroup],
+    damping: float = 1e-3,
+    match_power: bool = True,
+    folder: Path | None = None,
+) -> None:
+    """Refit the output layers of `groups` in `slim`, weights and biases.
+
+    Args:
+        slim: the slim network; the layers get tensors of their own.
+        run: calls it on a batch of the samples, by number.
+        dense: the network it was cut from.
+        run_dense: calls that on the same batch.
+        batches: number of batches.
+        groups: the groups that were cut.
+        damping: m, relative to the mean diagonal of the second moments.
+        match_power: scale outputs to the variance of the dense layer's.
+        folder: where to map the dense layers' outputs from; null keeps them in memory.
+    """
+    # In the order of the first call.
+    wanted = _outputs(dense, run_dense, batches, groups, folder)
+    for name in list(wanted):
+        layer = slim.get_submodule(name)
+        moments = _moments(layer, run, wanted.pop(name))
+        _refit(layer, moments, damping, match_power, name)
+
+
+class _ReachedError(Exception):
+    """A network is left as soon as it has come to the layer that was asked for."""
+
+
+def _outputs(
+    network: nn.Module, run: Run, batches: int, groups: Sequence[WidthGroup], folder: Path | None
+) -> dict[str, list[Tensor]]:
+    """Rows [samples * positions, m] that layers give in each batch."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        rows = output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output
+        kept = mapped(rows.numel(), folder).view(-1, rows.shape[-1])
+        found.setdefault(name, []).append(kept.copy_(rows.reshape(-1, rows.shape[-1])))
+
+    with ExitStack() as stack:
+        for group in groups:
+            layer = network.get_submodule(group.output)
+            stack.callback(layer.register_forward_hook(partial(keep, group.output)).remove)
+        for batch in range(batches):
+            run(batch)
+    return found
+
+
+@dataclass
+class _Moments:
+    """Sums over rows, float64: inputs x [n] with a 1 behind them, outputs y that are wanted, what is missing of them.
+
+    Attributes:
+        inputs: (x, 1) (x, 1)^T [n + 1, n + 1].
+        missing: (x, 1) (y - W x - b)^T [n + 1, m].
+        total: y [m].
+        square: |y|^2.
+    """
+
+    inputs: Tensor
+    missing: Tensor
+    total: Tensor
+    square: float = 0.0
+
+    @property
+    def rows(self) -> float:
+        return float(self.inputs[-1, -1])
+
+    @property
+    def wanted_variance(self) -> float:
+        """Summed over outputs."""
+        return self.square / self.rows - float((self.total / self.rows).square().sum())
+
+    def variance(self, weight: Tensor) -> float:
+        """Of the outputs for weights [m, n + 1], summed over outputs."""
+        mean = weight @ self.inputs[-1] / self.rows
+        return float(((weight @ self.inputs) * weight).sum()) / self.rows - float(mean.square().sum())
+
+
+def _moments(layer: nn.Module, run: Run, wanted: Sequence[Tensor]) -> _Moments:
+    """Of what a layer reads in each batch, and of what is wanted of it."""
+    flat = _flat(layer)
+    outputs, n = flat.shape
+    zeros = partial(torch.zeros, dtype=torch.float64)
+    found = _Moments(zeros(n, n), zeros(n, outputs), zeros(outputs))
+    for batch, rows in enumerate(wanted):
+        x = _inputs(layer, run, batch)
+        y, x = rows.to(x), torch.cat([x, x.new_ones(len(x), 1)], 1)
+        found.inputs += (x.T @ x).double().cpu()
+        found.missing += (x.T @ (y - x @ flat.T)).double().cpu()
+        found.total += y.double().sum(0).cpu()
+        found.square += float(y.double().square().sum())
+    return found
+
+
+def _inputs(layer: nn.Module, run: Run, batch: int) -> Tensor:
+    """Rows [samples * positions, n] that a layer reads in a call of its network, which it ends."""
+    found: list[Tensor] = []
+
+    def leave(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(rows_read(layer, args[0]).flatten(0, 1).float())
+        raise _ReachedError
+
+    handle = layer.register_forward_pre_hook(leave)
+    try:
+        with suppress(_ReachedError):
+            run(batch)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _flat(layer: nn.Module) -> Tensor:
+    """Weight and bias [m, n + 1]; a bias of zeros where there is none."""
+    weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+    column = weight.new_zeros(len(weight)) if bias is None else bias
+    return torch.cat([weight.flatten(1), column[:, None]], 1).float()
+
+
+def _refit(layer: nn.Module, moments: _Moments, damping: float, match_power: bool, name: str) -> None:
+    weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+    flat = _flat(layer).double().cpu()
+    free = slice(None) if bias is not None else slice(-1)
+    damped = Layer.of(flat[:, free], moments.inputs[free, free], damping, name).hessian
+    flat[:, free] += torch.cholesky_solve(moments.missing[free], torch.linalg.cholesky(damped)).T
+    power = moments.variance(flat)
+    if match_power and power > 0:
+        flat *= (moments.wanted_variance / power) ** 0.5
+        if bias is not None:
+            flat[:, -1] += (moments.total - flat @ moments.inputs[-1]) / moments.rows
+    layer.register_parameter("weight", _parameter(flat[:, :-1].reshape(weight.shape), weight))
+    if bias is not None:
+        layer.register_parameter("bias", _parameter(flat[:, -1], bias))
+
+
+def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.to(like).contiguous(), requires_grad=like.requires_grad)

@@ -1,0 +1,113 @@
+"""Properties of refitting layers in the order they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.protocols import WidthGroup
+from lightning_prune.pruning.recalibration import recalibrate
+from lightning_prune.pruning.structural import Width, slim
+from tests.factories import tiny_dit, tiny_unet
+
+FACTORIES: dict[str, Callable[[], Denoiser]] = {"transformer": tiny_dit, "unet": tiny_unet}
+
+
+class Pair:
+    """A dense network, a slim copy of half its units, and what both compute for the same samples."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.denoiser = name, FACTORIES[name]()
+        for parameter in self.denoiser.parameters():  # adaptive norms and last layers begin at zero
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        self.denoiser.eval().requires_grad_(False)
+        self.dense: nn.Module = self.denoiser.network
+        self.groups: list[WidthGroup] = list(self.denoiser.groups())
+        self.slim = slim(self.dense, self.groups, {g.name: Width(tuple(range(g.units // 2))) for g in self.groups})
+        self.x = torch.randn(32, *self.denoiser.sample_shape)
+        self.t, self.cond = torch.arange(32) * 30, torch.arange(32) % 10
+
+    def run(self, network: nn.Module, rows: slice = slice(None)) -> Tensor:
+        self.denoiser.network = network
+        output: Tensor = self.denoiser(self.x[rows], self.t[rows], self.cond[rows])
+        return output
+
+    def recalibrate(self, groups: list[WidthGroup], sizes: tuple[int, ...] = (20, 12), **options: Any) -> None:
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        run, run_dense = (lambda i, n=n: self.run(n, parts[i]) for n in (self.slim, self.dense))
+        recalibrate(self.slim, run, self.dense, run_dense, len(parts), groups, **{"damping": 1e-6, **options})
+
+    def outputs(self, network: nn.Module, group: WidthGroup) -> Tensor:
+        """What the output layer of a group gives, channels last."""
+        found: list[Tensor] = []
+        handle = network.get_submodule(group.output).register_forward_hook(lambda m, a, out: found.append(out))
+        self.run(network)
+        handle.remove()
+        return found[0].movedim(1, -1) if found[0].ndim == 4 else found[0]
+
+
+@pytest.fixture(params=list(FACTORIES))
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return Pair(request.param)
+
+
+def test_it_brings_predictions_nearer_to_the_dense_networks(pair: Pair) -> None:
+    dense = pair.run(pair.dense)
+    before = (pair.run(pair.slim) - dense).square().mean()
+    pair.recalibrate(pair.groups, match_power=False)
+    assert (pair.run(pair.slim) - dense).square().mean() < 0.8 * before
+
+
+def test_the_order_is_that_of_the_call_not_that_of_the_list(pair: Pair) -> None:
+    other = Pair(pair.name)
+    pair.recalibrate(pair.groups)
+    other.recalibrate(other.groups[::-1])
+    assert torch.equal(pair.run(pair.slim), other.run(other.slim))
+
+
+def test_batches_and_where_outputs_are_kept_change_nothing(pair: Pair, tmp_path: Path) -> None:
+    other = Pair(pair.name)
+    pair.recalibrate(pair.groups)
+    other.recalibrate(other.groups, sizes=(32,), folder=tmp_path)
+    assert torch.allclose(pair.run(pair.slim), other.run(other.slim), atol=1e-4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_layer_is_a_least_squares_fit_on_what_it_reads(pair: Pair) -> None:
+    """No change of its bias lowers the error: residuals have no mean, also behind layers that were refitted."""
+    pair.recalibrate(pair.groups, match_power=False)
+    for group in pair.groups:
+        wanted, found = (pair.outputs(n, group).flatten(0, -2) for n in (pair.dense, pair.slim))
+        assert (wanted - found).mean(0).abs().max() < 1e-3 * wanted.std()
+        assert (wanted - found).square().mean() < wanted.var()
+
+
+def test_matched_outputs_vary_as_much_as_the_dense_ones(pair: Pair) -> None:
+    pair.recalibrate(pair.groups, match_power=True)
+    for group in pair.groups:
+        wanted, found = (pair.outputs(n, group).flatten(0, -2) for n in (pair.dense, pair.slim))
+        assert torch.allclose(found.mean(0), wanted.mean(0), atol=1e-4)
+        power, aim = ((y - y.mean(0)).square().mean() for y in (found, wanted))
+        assert float(power / aim) == pytest.approx(1, abs=1e-3)
+
+
+def test_an_uncut_network_stays_as_it_is(pair: Pair) -> None:
+    pair.slim = slim(pair.dense, pair.groups, {})
+    before = pair.run(pair.dense)
+    pair.recalibrate(pair.groups)
+    assert torch.allclose(pair.run(pair.slim), before, atol=1e-4)
+
+
+def test_dense_tensors_are_left_alone(pair: Pair) -> None:
+    before = {name: p.clone() for name, p in pair.dense.named_parameters()}
+    pair.recalibrate(pair.groups)
+    assert all(torch.equal(p, before[name]) for name, p in pair.dense.named_parameters())
+    assert not any(pair.dense.get_submodule(g.output)._forward_hooks for g in pair.groups)
+    assert not any(pair.slim.get_submodule(g.output)._forward_pre_hooks for g in pair.groups)

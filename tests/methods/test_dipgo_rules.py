@@ -101,6 +101,16 @@ def test_refining_begins_with_the_best_start_and_stays_within_a_gate_of_the_budg
     assert 0.4 - gate <= given.costs.kept(found) <= 0.4
 
 
+def test_refining_opens_nothing_in_steps_that_are_skipped() -> None:
+    given = problem(tiny_dit, "half", "residual")
+    none = (False,) * len(given.graph)
+    rows = [given.graph.full() if step in (0, 3, 6) else none for step in range(10)]
+    wanted = [[0.0 if step in (3, 6) else 1.0 for _ in none] for step in range(10)]  # all would rather run elsewhere
+    found = refined(distance_from(wanted), given, [rows], 0.3, 200, random.Random(0))
+    assert sorted(map(sum, found)) == sorted(map(sum, rows))
+    assert [step for step in (3, 6) if any(found[step])] == []
+
+
 def distance_from(best: list[list[float]]) -> Any:
     def loss(schedule: GateSchedule) -> float:
         pairs = [

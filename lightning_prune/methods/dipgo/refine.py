@@ -72,10 +72,14 @@ def _moved(rows: tuple[Row, ...], chance: random.Random) -> tuple[Row, ...]:
 
 
 def _traded(rows: tuple[Row, ...], problem: GateProblem, chance: random.Random) -> tuple[Row, ...]:
-    """One gate shut and another opened, with what that shuts besides."""
+    """One gate shut and another opened, with what that shuts besides.
+
+    Steps that are skipped as a whole stay so: a single block in one of them brings the samples that are measured nearer
+    to the dense ones and their distribution far away, and takes a step's time outside the blocks.
+    """
     gates = [(step, block) for step in range(1, len(rows)) for block in range(len(problem.graph))]
     opened = [gate for gate in gates if rows[gate[0]][gate[1]]]
-    closed = [gate for gate in gates if not rows[gate[0]][gate[1]]]
+    closed = [gate for gate in gates if not rows[gate[0]][gate[1]] and any(rows[gate[0]])]
     if not opened or not closed:
         return rows
     changed = [list(row) for row in rows]

@@ -14,7 +14,7 @@ if [ $$status -eq 5 ]; then echo "There are no $(1) tests yet; nothing was check
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install fit test slow parity cluster-test deepspeed-test torture lint clean
+.PHONY: help install fit test slow parity cluster-test deepspeed-test gpu-test torture lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 16
@@ -52,6 +52,9 @@ cluster-test: $(STAMP) ## tests against a SLURM on this machine
 
 deepspeed-test: .venv/.deepspeed ## tests of DeepSpeed on the CPU, which they install; ten minutes or more
 	$(call suite,deepspeed,tests/distributed)
+
+gpu-test: .venv/.deepspeed ## tests that need CUDA devices
+	$(call suite,gpu,tests)
 
 torture: $(STAMP) ## tests that kill, fill and corrupt on purpose
 	$(call suite,torture,tests)

@@ -33,7 +33,7 @@ fit: $(STAMP) ## train configs/quickstart.yaml; ARGS="--trainer.max_steps 10" ch
 	@$(BIN)/lightning_prune fit --config configs/quickstart.yaml $(ARGS)
 
 test: $(STAMP) ## the tests that need nothing but a CPU; ARGS="-k name" selects
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) --durations=20 $(ARGS)
 
 slow: $(STAMP) ## the tests that take minutes each
 	$(call suite,slow,tests)

@@ -35,6 +35,7 @@ from measure import attempt, cell, device_or_none, parser, peak_bytes, write
 from networks import inputs, network, timed
 
 REMOVED = (0.25, 0.5)
+RECALIBRATED = 256  # images
 PROCESS = Process(clip_sample=False)
 
 
@@ -56,14 +57,16 @@ def prune(denoiser: Denoiser, steps: int, batches: int, batch: int) -> Callable[
         grid, visited = sampling_grid(PROCESS, sampler), visited_timesteps(PROCESS, sampler)
         bins = refine([stages_for(recipe, grid, 1.0)])
         curvature = Curvature(denoiser.network, denoiser.groups(), len(bins))
-        generator = torch.Generator().manual_seed(0)
+        generator, kept = torch.Generator().manual_seed(0), []
         for _ in range(batches):
             bin_of, t = draw_in_bins(bins, visited, PROCESS, batch, generator)
             x, _, cond = inputs(denoiser, batch)
             with torch.no_grad(), curvature.collecting(bin_of):
                 denoiser(x, t.to(device), cond)
+            if len(kept) * batch < RECALIBRATED:
+                kept.append((x, cond))
         probe = Probe(denoiser, PROCESS, sampler, denoiser.blank_condition(2, device))
-        return Pruner(denoiser, PROCESS, sampler, bins, curvature, 1.0, 1e-3, probe).prune(recipe, 0.33)
+        return Pruner(denoiser, PROCESS, sampler, bins, curvature, 1.0, 1e-3, probe, kept=kept).prune(recipe, 0.33)
 
     return run
 

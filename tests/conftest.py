@@ -43,6 +43,21 @@ def prefetched() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_rank_is_left_behind() -> Iterator[None]:
+    """A strategy set up in this process writes its place into the environment; with a LOCAL_RANK there, the processes of
+    a later test would believe that somebody else starts the others, and wait for them.
+    """
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
 def _lightning_logs_to_pytest_alone() -> None:
     # Lightning ties a handler to the stderr of the moment it is imported, which pytest has closed by now.
     logging.getLogger("lightning").handlers.clear()

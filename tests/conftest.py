@@ -44,8 +44,9 @@ def prefetched() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_rank_is_left_behind() -> Iterator[None]:
-    """A strategy set up in this process writes its place into the environment; with a LOCAL_RANK there, the processes of
-    a later test would believe that somebody else starts the others, and wait for them.
+    """A strategy set up in this process writes its place into the environment.
+
+    With a LOCAL_RANK there, the processes of a later test would believe that somebody else starts the others, and wait.
     """
     names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
     before = {name: os.environ.get(name) for name in names}

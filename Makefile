@@ -32,8 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 fit: $(STAMP) ## train configs/quickstart.yaml; ARGS="--trainer.max_steps 10" changes it
 	@$(BIN)/lightning_prune fit --config configs/quickstart.yaml $(ARGS)
 
+# Two processes share the files of tests; ARGS="-n 0" runs them in one, which a debugger needs.
 test: $(STAMP) ## the tests that need nothing but a CPU; ARGS="-k name" selects
-	@$(PYTEST) --durations=20 $(ARGS)
+	@$(PYTEST) --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20 $(ARGS)
 
 slow: $(STAMP) ## the tests that take minutes each
 	$(call suite,slow,tests)

@@ -1,4 +1,4 @@
-"""What every test shares: two threads, no network, no tracking server, no records outside its folders."""
+"""What every test shares: two cores, no network, no tracking server, no records outside its folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 # Set before torch and huggingface_hub are imported, which read them once; subprocesses of tests inherit them.
-os.environ["OMP_NUM_THREADS"] = "2"
+# `make test` runs two workers, which share the two cores.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 # Threads that wait give the core away: on a machine that does other things too, spinning makes tests many times slower.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"

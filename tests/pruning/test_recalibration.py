@@ -76,7 +76,8 @@ def test_batches_and_where_outputs_are_kept_change_nothing(pair: Pair, tmp_path:
     other = Pair(pair.name)
     pair.recalibrate(pair.groups)
     other.recalibrate(other.groups, sizes=(32,), folder=tmp_path)
-    assert torch.allclose(pair.run(pair.slim), other.run(other.slim), atol=1e-4)
+    # Sums in float32, in another order, solved with hardly any damping: 1e-4 apart on some numbers of threads.
+    assert torch.allclose(pair.run(pair.slim), other.run(other.slim), atol=1e-3)
     assert not list(tmp_path.iterdir())
 
 

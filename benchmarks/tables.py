@@ -1,7 +1,8 @@
 """What the tables of all methods share: runs that are missing are made, each leaves rows, rows make the README's table.
 
 A job is one `lightning_prune fit`; every row of its report that the job names becomes a row of the results file. Rows
-are unique by (network, variant, target, seed, sample_seed), so an interrupted table goes on where it stopped. Beside
+are unique by (network, variant, target, seed, sample_seed), so an interrupted table goes on where it stopped, whatever
+the device; rows repeated on another one have a file of their own. Beside
 `<method>.json` lies `<method>-influence.safetensors`: each sample's influence on each row's distance, which pairs rows
 of different runs that were drawn from equal seeds.
 """
@@ -12,11 +13,13 @@ import argparse
 import csv
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,25 +72,32 @@ class Table:
     Attributes:
         method: name of the results file.
         target_kind: what targets are: "pattern", "macs_kept" or "macs_removed".
+        folder: where the results file is; None is `RESULTS`.
+        device: of rows that repeat the table's and have a file of their own, `<method>-<device>.json`.
     """
 
     method: str
     target_kind: str
+    folder: Path | None = None
+    device: str | None = None
     rows: list[Row] = field(default_factory=list)
     influence: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def file(self) -> Path:
-        return RESULTS / f"{self.method}.json"
+        return self._named(".json")
 
     @property
     def influence_file(self) -> Path:
-        return RESULTS / f"{self.method}-influence.safetensors"
+        return self._named("-influence.safetensors")
+
+    def _named(self, rest: str) -> Path:
+        return (self.folder or RESULTS) / f"{self.method}{f'-{self.device}' if self.device else ''}{rest}"
 
     @classmethod
-    def read(cls, method: str, target_kind: str) -> Table:
+    def read(cls, method: str, target_kind: str, folder: Path | None = None, device: str | None = None) -> Table:
         """The table as far as it was made."""
-        table = cls(method, target_kind)
+        table = cls(method, target_kind, folder, device)
         if table.file.exists():
             table.rows = json.loads(table.file.read_text())
         if table.influence_file.exists():
@@ -96,8 +106,12 @@ class Table:
 
     def has(self, job: Job) -> bool:
         """Whether every row of a job is there."""
-        present = {_key(row) for row in self.rows}
-        return all(_key(_identity(job, variant)) in present for variant in job.rows.values())
+        return len(self.of(job)) == len(job.rows)
+
+    def of(self, job: Job) -> list[Row]:
+        """The rows of a job that are there."""
+        wanted = {_key(_identity(job, variant)) for variant in job.rows.values()}
+        return [row for row in self.rows if _key(row) in wanted]
 
     def add(self, job: Job, report: Row, influence: dict[str, Tensor], facts: Row, again: bool = False) -> None:
         """Take the rows of a finished run and write the table; `again` keeps the minutes of rows that are there."""
@@ -111,7 +125,7 @@ class Table:
             self.rows = [old for old in self.rows if _key(old) != _key(row)] + [row]
             self.influence[_text(row)] = influence[name]
         self.rows.sort(key=lambda row: str(_key(row)))
-        RESULTS.mkdir(exist_ok=True)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         _replace(self.influence_file, lambda file: save_file(self.influence, file))
         _replace(self.file, lambda file: file.write_text(json.dumps(self.rows, indent=1) + "\n"))
 
@@ -128,9 +142,12 @@ class Table:
             "convention": found["convention"],
         }
 
-    def difference(self, row: Row, against: Row) -> tuple[float, float, float] | None:
-        """Paired difference of two rows of equal sample seeds with its 95 % interval; None where nothing pairs them."""
-        a, b = self.influence.get(_text(row)), self.influence.get(_text(against))
+    def difference(self, row: Row, against: Row, other: Table | None = None) -> tuple[float, float, float] | None:
+        """Paired difference of two rows of equal sample seeds with its 95 % interval; None where nothing pairs them.
+
+        `against` is a row of `other`, where that is another table.
+        """
+        a, b = self.influence.get(_text(row)), (other or self).influence.get(_text(against))
         if a is None or b is None or len(a) != len(b) or row["sample_seed"] != against["sample_seed"]:
             return None
         if row["fd_fashion"]["protocol"] != against["fd_fashion"]["protocol"]:
@@ -177,56 +194,158 @@ def run_table(
 
     `markdown` makes the table that stands in `card` between `<!-- table -->` and `<!-- end of table -->`.
     """
-    parser = argparse.ArgumentParser(description=f"Rows of benchmarks/results/{table.method}.json.")
-    parser.add_argument("--estimate", action="store_true", help="print the missing rows and their hours; run nothing")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--tier", choices=["core", "extension"], help="only rows of one tier")
-    parser.add_argument("--only", help="only jobs whose name holds this text")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tables", help="where run folders go")
-    parser.add_argument("--write-card", action="store_true", help=f"write the table into {card.name}; run nothing")
-    options = parser.parse_args(args)
+    options = _options(table.method, card, args)
+    if options.results:
+        table = Table.read(table.method, table.target_kind, options.results)
     if options.write_card:
         write_card(card, markdown(table))
         return 0
     chosen = [job for job in jobs if options.tier in (None, job.tier) and (options.only or "") in job.name]
-    missing = [job for job in chosen if not table.has(job)]
+    filled, runs = table, options.runs
+    if options.repeat:
+        # Runs of their own: the folders of the first time hold what is to be repeated.
+        filled = Table.read(table.method, table.target_kind, table.folder, options.device)
+        runs = runs / f"repeated-{options.device}"
+    missing = [job for job in chosen if not filled.has(job)]
     hours = sum(job.minutes for job in missing) / 60
     print(f"{len(missing)} of {len(chosen)} runs are missing, about {hours:.1f} hours of two CPU cores", flush=True)
     if options.estimate:
         for job in missing:
             print(f"  {job.name}: {', '.join(job.rows.values())} ({job.tier}, {job.minutes:g} minutes)")
         return 0
-    failed = [job.name for job in missing if not _run(table, job, options.runs, options.device)]
+    failed = run_jobs(filled, with_those_before(missing, jobs, runs), Machine(runs, options.device, options.jobs))
+    if options.repeat:
+        print("\n".join(repeated(table, filled, chosen)))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _run(table: Table, job: Job, runs: Path, device: str) -> bool:
-    """Run a job, resuming it if it was interrupted, and take its rows. Returns whether it ended well."""
-    folder = runs / job.name
-    command = ["fit", "--config", f"configs/{job.config}", "--seed_everything", str(job.seed)]
-    command += ["--run.root", str(runs), "--run.name", job.name]
-    command += [option.replace("{after}", str(runs / (job.after or ""))) for option in job.options]
-    command += ["--trainer.accelerator", "gpu"] if device == "cuda" else []
+def _options(method: str, card: Path, args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Rows of benchmarks/results/{method}.json.")
+    parser.add_argument("--estimate", action="store_true", help="print the missing rows and their hours; run nothing")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--tier", choices=["core", "extension"], help="only rows of one tier")
+    parser.add_argument("--only", help="only jobs whose name holds this text")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tables", help="where run folders go")
+    parser.add_argument("--results", type=Path, metavar="DIR", help=f"where {method}.json is read and written")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side; their output goes to logs")
+    repeat = f"make rows again, into {method}-<device>.json, and say whether they agree with the table's"
+    parser.add_argument("--repeat", action="store_true", help=repeat)
+    parser.add_argument("--write-card", action="store_true", help=f"write the table into {card.name}; run nothing")
+    options = parser.parse_args(args)
+    if options.jobs < 1:
+        parser.error(f"--jobs: {options.jobs} runs; at least 1")
+    return options
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where runs are made: their folders, "cpu" or "cuda", and how many at a time."""
+
+    runs: Path
+    device: str
+    jobs: int = 1
+
+
+def with_those_before(missing: Sequence[Job], jobs: Sequence[Job], runs: Path) -> list[Job]:
+    """The missing jobs, each after the one whose artifact it reads, where that one's run is not there."""
+    by_name, found = {job.name: job for job in jobs}, dict[str, Job]()
+
+    def take(job: Job) -> None:
+        before = by_name.get(job.after or "")
+        if before is not None and not (runs / before.name / "report.json").exists():
+            take(before)
+        found[job.name] = job
+
+    for job in missing:
+        take(job)
+    return list(found.values())
+
+
+def run_jobs(table: Table, jobs: Sequence[Job], machine: Machine) -> list[str]:
+    """Run jobs, some at a time, and take their rows one after the other; names of those that did not end well."""
+    waiting, running, failed = list(jobs), dict[Future[float | None], Job](), list[str]()
+    with ThreadPoolExecutor(machine.jobs) as pool:
+        while waiting or running:
+            unfinished = {job.name for job in [*waiting, *running.values()]}
+            for job in [job for job in waiting if job.after not in unfinished]:
+                waiting.remove(job)
+                if job.after in failed:
+                    failed.append(job.name)
+                else:
+                    running[pool.submit(_run, job, machine)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                minutes = future.result()
+                if minutes is None:
+                    failed.append(job.name)
+                else:
+                    _take(table, job, machine, minutes)
+    return failed
+
+
+def _run(job: Job, machine: Machine) -> float | None:
+    """Run a job, resuming it if it was interrupted. Minutes; 0 if it was there, None if it did not end well."""
+    folder, began = machine.runs / job.name, time.monotonic()
+    if (folder / "report.json").exists():
+        return 0.0
+    print(f"== {job.name}", flush=True)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     resumed = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
-    began, again = time.monotonic(), (folder / "report.json").exists()
-    if not again:
-        print(f"== {job.name}", flush=True)
-        ended = subprocess.run([sys.executable, "-m", "lightning_prune", *command, *resumed], cwd=ROOT, check=False)
-        if ended.returncode != 0:
-            return False
+    command = [sys.executable, "-m", "lightning_prune", *_command(job, machine), *resumed]
+    if machine.jobs == 1:
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    else:
+        machine.runs.mkdir(parents=True, exist_ok=True)
+        log = machine.runs / f"{job.name}.log"
+        # Runs that all took every core would wait for each other.
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // machine.jobs))}
+        with log.open("a") as stream:
+            status = subprocess.run(
+                command, cwd=ROOT, check=False, stdout=stream, stderr=subprocess.STDOUT, env=threads | dict(os.environ)
+            ).returncode
+        if status != 0:
+            print(f"{job.name}: ended with {status}, see {log}", file=sys.stderr, flush=True)
+    return (time.monotonic() - began) / 60 if status == 0 else None
+
+
+def _command(job: Job, machine: Machine) -> list[str]:
+    command = ["fit", "--config", f"configs/{job.config}", "--seed_everything", str(job.seed)]
+    command += ["--run.root", str(machine.runs), "--run.name", job.name]
+    command += [option.replace("{after}", str(machine.runs / (job.after or ""))) for option in job.options]
+    return command + (["--trainer.accelerator", "gpu"] if machine.device == "cuda" else [])
+
+
+def _take(table: Table, job: Job, machine: Machine, minutes: float) -> None:
+    """Take the rows of a finished run."""
+    folder = machine.runs / job.name
     facts = {
-        "device": device,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-        "command": f"lightning_prune {shlex.join(command)}".replace(f"{ROOT}/", ""),
+        "device": machine.device,
+        "minutes": round(minutes, 1),
+        "command": f"lightning_prune {shlex.join(_command(job, machine))}".replace(f"{ROOT}/", ""),
         "commit": _commit(),
         **final_flip_rate(folder / "metrics.csv"),
     }
     report = json.loads((folder / "report.json").read_text())
-    table.add(job, report, load_file(folder / "report-influence.safetensors"), facts, again)
-    return True
+    table.add(job, report, load_file(folder / "report-influence.safetensors"), facts, again=minutes == 0)
+
+
+def repeated(table: Table, again: Table, jobs: Sequence[Job]) -> Iterator[str]:
+    """A line for every row that was made a second time: both values, and whether their paired interval holds 0."""
+    known = {_key(row): row for row in table.rows}
+    for row in (row for job in jobs for row in again.of(job)):
+        first = known.get(_key(row))
+        if first is None:
+            yield f"{_text(row)}: {row['device']} {distance_cell(row)}; the table has no such row"
+            continue
+        values = f"{first['device']} {distance_cell(first)}, {row['device']} {distance_cell(row)}"
+        paired = again.difference(row, first, table)
+        if paired is None:
+            yield f"{_text(row)}: {values}; nothing pairs them"
+        else:
+            agree = "0 is inside" if paired[1] <= 0 <= paired[2] else "0 is outside"
+            yield f"{_text(row)}: {values}; paired difference {interval(paired)}, {agree}"
 
 
 def final_flip_rate(metrics: Path) -> Row:
@@ -238,9 +357,13 @@ def final_flip_rate(metrics: Path) -> Row:
 
 
 def _commit() -> str:
+    """The commit of this folder; of a copy without a repository, what COMMIT in the environment says."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "lightning_prune", "callbacks", "configs")
     return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
 

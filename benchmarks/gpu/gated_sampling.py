@@ -4,17 +4,21 @@
 
 Arms at a budget of 0.35: the dense network, whole steps skipped, DeepCache's shallow reuse at equal cost, and random
 gates, whose patterns are many; eager, and compiled one graph a pattern. `macs_kept` stands beside the ratio of seconds.
+Random gates compile up to a graph a step, which the default `--minutes` never begins.
 A search step is one unrolled trajectory forwards and backwards with whole steps checkpointed, beside dense sampling.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
+from lightning_prune.blocks import GateSchedule
 from lightning_prune.cli.bench_networks import Task
 from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.models import Denoiser
@@ -24,14 +28,24 @@ from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.unroll import Unroll
 from lightning_prune.methods.dipgo.controls import Control, GateProblem, rule
 from lightning_prune.metrics.block_costs import traced_costs
+from lightning_prune.metrics.latency import call_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import attempt, cell, device_or_none, parser, peak_bytes, write
+from measure import Cell, Facts, measure, parser, timed
 from networks import network
 
 PROCESS = Process(clip_sample=False)
-RULES: tuple[Control, ...] = ("whole-steps", "uniform-reuse", "random-gates")
+# By rule, the minutes that compiling its patterns and the dense network may take.
+RULES: dict[Control, float] = {"whole-steps": 2.5, "uniform-reuse": 4.0, "random-gates": 40.0}
 BUDGET = 0.35
+
+
+@lru_cache(maxsize=1)
+def problem_of(name: str, steps: int, device: torch.device, dtype: torch.dtype) -> tuple[Denoiser, GateProblem]:
+    """The dense network, and what a search on it is over; cells share them."""
+    denoiser = network(name, device, dtype)
+    graph, costs = denoiser.blocks("fine").in_mode("output"), traced_costs(denoiser, "fine", "output")
+    return denoiser, GateProblem(graph, "output", costs, PROCESS, Sampler(steps=steps))
 
 
 def search_step(denoiser: Denoiser, problem: GateProblem, batch: int) -> Callable[[], object]:
@@ -49,40 +63,36 @@ def search_step(denoiser: Denoiser, problem: GateProblem, batch: int) -> Callabl
     return run
 
 
-def main() -> int:
-    """Measure and print."""
-    options = parser(__doc__).parse_args()
-    device = device_or_none(options.toy)
-    if device is None:
-        return 0
+def cells(options: argparse.Namespace, device: torch.device) -> Iterator[Cell]:
+    """Sampling eagerly, a search step, and sampling compiled, the fewest patterns first."""
     steps, batch = (6, 2) if options.toy else (50, 4)
     dtype = torch.float32 if options.toy else torch.bfloat16
     name = "toy U-Net" if options.toy else "SD-1.5"
-    denoiser = network(name, device, dtype)
-    graph, costs = denoiser.blocks("fine").in_mode("output"), traced_costs(denoiser, "fine", "output")
-    problem = GateProblem(graph, "output", costs, PROCESS, Sampler(steps=steps))
-    schedules = {name: rule(name, problem, BUDGET) for name in RULES}
-    kept = {name: costs.kept(schedule.rows) for name, schedule in schedules.items()}
-    arms = {"dense": denoiser, **{name: gated(denoiser, schedule, PROCESS) for name, schedule in schedules.items()}}
-    repeats, cells, task = max(2, options.repeats // 4), [], Task(PROCESS, steps)
-    for mode in ("eager",) if options.toy else ("eager", "compiled"):
-        found = attempt(
-            lambda: cell({name: task.arm(arm, mode, batch) for name, arm in arms.items()}, repeats)  # noqa: B023
-        )
-        cells.append({"network": name, "batch": batch, "steps": steps, "mode": mode, "macs_kept": kept, **found})
-        print(cells[-1], flush=True)
-    step = search_step(denoiser, problem, 1)
-    cells.append(
-        {
-            "network": f"{name}, search",
-            "batch": 1,
-            "steps": steps,
-            "peak_bytes": peak_bytes(step, device),
-            **attempt(lambda: cell({"dense": task.arm(denoiser, "eager", 1), "search step": step}, 2)),
+    repeats, task = max(2, options.repeats // 4), Task(PROCESS, steps)
+
+    def sampled(rules: tuple[Control, ...], mode: str) -> Facts:
+        denoiser, problem = problem_of(name, steps, device, dtype)
+        schedules: dict[str, GateSchedule] = {one: rule(one, problem, BUDGET) for one in rules}
+        arms = {"dense": denoiser, **{one: gated(denoiser, schedules[one], PROCESS) for one in rules}}
+        about = {
+            "macs_kept": {one: problem.costs.kept(schedule.rows) for one, schedule in schedules.items()},
+            "patterns": {one: len(schedule.patterns()) for one, schedule in schedules.items()},
         }
-    )
-    return write("gated_sampling", device, cells, options.toy)
+        return {**about, **timed({one: task.arm(arm, mode, batch) for one, arm in arms.items()}, repeats, mode)}
+
+    def searched() -> Facts:
+        denoiser, problem = problem_of(name, steps, device, dtype)
+        step = search_step(denoiser, problem, 1)
+        found = timed({"dense": task.arm(denoiser, "eager", 1), "search step": step}, 2)
+        return {**found, "peak_bytes": call_memory(step, device)}
+
+    about = {"network": name, "batch": batch, "steps": steps}
+    yield Cell(f"{name}, all rules, eager", about, 1.5, partial(sampled, tuple(RULES), "eager"))
+    yield Cell(f"{name}, search step", {**about, "batch": 1}, 1.5, searched)
+    if not options.toy:
+        for one, minutes in RULES.items():
+            yield Cell(f"{name}, {one}, compiled", about, minutes, partial(sampled, (one,), "compiled"), "compiled")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure("gated_sampling", cells, parser(__doc__).parse_args()))

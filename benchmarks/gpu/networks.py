@@ -17,7 +17,7 @@ from lightning_prune.diffusion.models.unet2d_condition import UNet2DCondition
 from lightning_prune.diffusion.models.uvit import UViT
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import attempt, cell
+from measure import Facts, timed
 
 _DIT_XL = {
     "num_attention_heads": 16,
@@ -67,12 +67,12 @@ NETWORKS: dict[str, tuple[type[Denoiser], dict[str, Any]]] = {
 }
 
 
-def network(name: str, device: torch.device, dtype: torch.dtype) -> Denoiser:
-    """A frozen denoiser with random weights, made on the device."""
+def network(name: str, device: torch.device, dtype: torch.dtype, **changes: Any) -> Denoiser:
+    """A frozen denoiser with random weights, made on the device; `changes` are of its configuration."""
     family, config = NETWORKS[name]
     torch.manual_seed(0)
     with torch.device(device):
-        denoiser = family(config=config)
+        denoiser = family(config=config | changes)
     return denoiser.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -84,10 +84,10 @@ def inputs(denoiser: Denoiser, batch: int) -> tuple[Tensor, Tensor, Condition]:
     return x, torch.full((batch,), 500, device=weight.device), cond
 
 
-def one_call(denoiser: Denoiser, batch: int, compiled: bool) -> Callable[[], object]:
+def one_call(denoiser: Denoiser, batch: int, mode: str) -> Callable[[], object]:
     """One network call."""
     given = inputs(denoiser, batch)
-    run: Any = torch.compile(denoiser, dynamic=False) if compiled else denoiser
+    run: Any = torch.compile(denoiser, dynamic=False) if mode == "compiled" else denoiser
 
     @torch.no_grad()
     def once() -> object:
@@ -96,6 +96,6 @@ def one_call(denoiser: Denoiser, batch: int, compiled: bool) -> Callable[[], obj
     return once
 
 
-def timed(arms: Mapping[str, Denoiser], batch: int, compiled: bool, repeats: int) -> dict[str, Any]:
-    """A cell of one call of every arm."""
-    return attempt(lambda: cell({name: one_call(arm, batch, compiled) for name, arm in arms.items()}, repeats))
+def timed_calls(arms: Mapping[str, Denoiser], batch: int, mode: str, repeats: int) -> Facts:
+    """One call of every arm, in turns."""
+    return timed({name: one_call(arm, batch, mode) for name, arm in arms.items()}, repeats, mode)

@@ -3,20 +3,24 @@
     python benchmarks/gpu/slim_networks.py
 
 Widths are cut evenly; which units go does not matter for time. `macs_kept` stands beside the ratio of seconds.
-Pruning is statistics of all layers in five stages on random latents, then even surgery at a third of the MACs; what the
-measured allocation probes is not in it. It stands beside sampling with the dense network.
+Pruning is statistics of all layers in five stages on random latents, then even surgery at a third of the MACs and
+recalibration, run once; what the measured allocation probes is not in it. It is done on the first blocks of DiT-XL/2
+alone (`--layers`, of 28), as all of them take longer than a short loan of a GPU lasts: orders of removal cost in
+proportion to blocks, recalibration to their square. It stands beside sampling with the dense network of as many blocks.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from lightning_prune.diffusion.conditions import move
 from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
@@ -31,12 +35,16 @@ from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.structural import Width, slim
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import attempt, cell, device_or_none, parser, peak_bytes, write
-from networks import inputs, network, timed
+from measure import MODES, Cell, Facts, measure, once, parser, timed
+from networks import inputs, network, timed_calls
 
 REMOVED = (0.25, 0.5)
 RECALIBRATED = 256  # images
 PROCESS = Process(clip_sample=False)
+# Minutes of a cell, eager and compiled, and the batch sizes.
+LARGE = {"DiT-XL/2": (0.2, 2.2), "SDXL": (0.4, 7.5)}
+TOYS = {"toy transformer": (0.0, 0.0), "toy U-Net": (0.0, 0.0)}
+BATCHES, TOY_BATCHES = (8, 1), (2,)
 
 
 def thinner(denoiser: Denoiser, share: float) -> tuple[Denoiser, float]:
@@ -46,6 +54,15 @@ def thinner(denoiser: Denoiser, share: float) -> tuple[Denoiser, float]:
     thin = sharing_copy(denoiser)
     thin.network = slim(denoiser.network, groups, widths)
     return thin, count_denoiser(thin).macs() / count_denoiser(denoiser).macs()
+
+
+@lru_cache(maxsize=1)
+def arms_of(name: str, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Denoiser], dict[str, float]]:
+    """The dense and the slim networks, and the share of MACs that each of these keeps; cells share them."""
+    dense = network(name, device, dtype)
+    thin = {f"{share:g} of widths gone": thinner(dense, share) for share in REMOVED}
+    networks = {"dense": dense, **{arm: denoiser for arm, (denoiser, _) in thin.items()}}
+    return networks, {arm: kept for arm, (_, kept) in thin.items()}
 
 
 def prune(denoiser: Denoiser, steps: int, batches: int, batch: int) -> Callable[[], object]:
@@ -64,7 +81,8 @@ def prune(denoiser: Denoiser, steps: int, batches: int, batch: int) -> Callable[
             with torch.no_grad(), curvature.collecting(bin_of):
                 denoiser(x, t.to(device), cond)
             if len(kept) * batch < RECALIBRATED:
-                kept.append((x, cond))
+                # A data module's batches are on the CPU, and so is the noise that is added to them later.
+                kept.append((x.cpu(), move(cond, "cpu")))
         probe = Probe(denoiser, PROCESS, sampler, denoiser.blank_condition(2, device))
         return Pruner(denoiser, PROCESS, sampler, bins, curvature, 1.0, 1e-3, probe, kept=kept).prune(recipe, 0.33)
 
@@ -77,39 +95,62 @@ def sample(denoiser: Denoiser, steps: int, images: int) -> Callable[[], object]:
     return lambda: sample_images(denoiser, PROCESS, torch.arange(images), cond, Sampler(steps=steps))
 
 
+def cost_of_pruning(options: argparse.Namespace, device: torch.device) -> Facts:
+    """One pruning beside turns of sampling."""
+    steps, batches, batch, images = sizes(options.toy)
+    name, changes = ("toy transformer", {}) if options.toy else ("DiT-XL/2", {"num_layers": options.layers})
+    denoiser = network(name, device, torch.float32, **changes)
+    found = timed({"dense": sample(denoiser, steps, images)}, 2)
+    pruning = once(prune(denoiser, steps, batches, batch), device)
+    found["arms"]["pruning"] = pruning
+    found["ratio"]["pruning"] = pruning["median_ms"] / found["arms"]["dense"]["median_ms"]
+    return found
+
+
+def sizes(toy: bool) -> tuple[int, int, int, int]:
+    """Steps of the trajectory, calibration batches, samples of a batch, and images that are sampled."""
+    return (4, 2, 8, 2) if toy else (50, 16, 32, 32)
+
+
+def cells(options: argparse.Namespace, device: torch.device) -> Iterator[Cell]:
+    """Calls of slim networks, eager and compiled; between them pruning."""
+    dtype = torch.float32 if options.toy else torch.bfloat16
+
+    def found(name: str, batch: int, mode: str) -> Facts:
+        arms, kept = arms_of(name, dtype, device)
+        return {"macs_kept": kept, **timed_calls(arms, batch, mode, options.repeats)}
+
+    def calls(names: dict[str, tuple[float, float]], mode: str) -> Iterator[Cell]:
+        for (name, minutes), batch in product(names.items(), TOY_BATCHES if options.toy else BATCHES):
+            make = partial(found, name, batch, mode)
+            about = {"network": name, "batch": batch}
+            yield Cell(f"{name}, batch {batch}, {mode}", about, minutes[MODES.index(mode)], make, mode)
+
+    yield from calls(TOYS if options.toy else LARGE, "eager")
+    if not options.toy:
+        yield from calls({"DiT-XL/2": LARGE["DiT-XL/2"]}, "compiled")
+    steps, batches, batch, images = sizes(options.toy)
+    about = {
+        "network": "toy transformer" if options.toy else "DiT-XL/2",
+        "blocks": 2 if options.toy else options.layers,
+        "blocks_in_full": 2 if options.toy else 28,
+        "images_sampled": images,
+        "calibration": batches * batch,
+        "recalibrated_on": min(RECALIBRATED, batches * batch),
+        "steps": steps,
+    }
+    minutes = 0.0 if options.toy else 5.0 * options.layers / 7
+    name = f"pruning {about['blocks']} of {about['blocks_in_full']} blocks of {about['network']}"
+    yield Cell(name, about, minutes, partial(cost_of_pruning, options, device))
+    if not options.toy:
+        yield from calls({"SDXL": LARGE["SDXL"]}, "compiled")
+
+
 def main() -> int:
     """Measure and print."""
-    options = parser(__doc__).parse_args()
-    device = device_or_none(options.toy)
-    if device is None:
-        return 0
-    names = ("toy transformer", "toy U-Net") if options.toy else ("DiT-XL/2", "SDXL")
-    cells = []
-    for name, batch in product(names, (2,) if options.toy else (1, 8)):
-        dense = network(name, device, torch.float32 if options.toy else torch.bfloat16)
-        thin = {f"{share:g} of widths gone": thinner(dense, share) for share in REMOVED}
-        for compiled in (False,) if options.toy else (False, True):
-            arms = {"dense": dense, **{arm: denoiser for arm, (denoiser, _) in thin.items()}}
-            found = timed(arms, batch, compiled, options.repeats)
-            kept = {arm: share for arm, (_, share) in thin.items()}
-            cells.append({"network": name, "batch": batch, "compiled": compiled, "macs_kept": kept, **found})
-            print(cells[-1], flush=True)
-        torch.compiler.reset()
-    cells.append(_cost_of_pruning(device, options.toy))
-    print(cells[-1], flush=True)
-    return write("slim_networks", device, cells, options.toy)
-
-
-def _cost_of_pruning(device: torch.device, toy: bool) -> dict[str, Any]:
-    steps, batches, batch, images = (4, 2, 8, 2) if toy else (50, 16, 32, 32)
-    denoiser = network("toy transformer" if toy else "DiT-XL/2", device, torch.float32)
-    pruning = prune(denoiser, steps, batches, batch)
-    about = {"network": "pruning", "images_sampled": images, "calibration": batches * batch, "steps": steps}
-    return {
-        **about,
-        "peak_bytes": peak_bytes(pruning, device),
-        **attempt(lambda: cell({"dense": sample(denoiser, steps, images), "pruning": pruning}, 2)),
-    }
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=7, help="blocks of DiT-XL/2 that are pruned; default 7 of 28")
+    return measure("slim_networks", cells, options.parse_args())
 
 
 if __name__ == "__main__":

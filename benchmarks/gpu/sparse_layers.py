@@ -3,14 +3,18 @@
     python benchmarks/gpu/sparse_layers.py
 
 Each layer of U-ViT-S/2, U-ViT-L/2, DiT-XL/2, and of Stable Diffusion 1.5's and XL's transformer blocks, in bfloat16 and
-float16, for 1 to 64 images, eager and compiled, in interleaved turns. Cells that lose are there like those that win.
+float16, for 1 to 64 images, eager and compiled, in interleaved turns of some calls in a row, so that launching and
+waiting hide less of a small kernel. Cells that lose are there like those that win.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from lightning_prune.protocols import Sparsity
 from lightning_prune.pruning.nm import nm_mask
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import attempt, cell, device_or_none, parser, write
+from measure import MODES, Cell, Facts, measure, parser, timed
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,22 @@ def _block(network: str, width: int, hidden: int, tokens: int, fused: bool) -> I
 
 
 SHAPES = [
-    *_block("U-ViT-S/2", 512, 2048, 257, True),
-    *_block("U-ViT-L/2", 1024, 4096, 258, True),
     *_block("DiT-XL/2", 1152, 4608, 256, False),
+    *_block("SDXL, 32 x 32", 1280, 10240, 1024, False),
+    *_block("SDXL, 64 x 64", 640, 5120, 4096, False),
     *_block("SD-1.5, 64 x 64", 320, 2560, 4096, False),
     *_block("SD-1.5, 32 x 32", 640, 5120, 1024, False),
     *_block("SD-1.5, 16 x 16", 1280, 10240, 256, False),
-    *_block("SDXL, 64 x 64", 640, 5120, 4096, False),
-    *_block("SDXL, 32 x 32", 1280, 10240, 1024, False),
+    *_block("U-ViT-L/2", 1024, 4096, 258, True),
+    *_block("U-ViT-S/2", 512, 2048, 257, True),
 ]
 TOYS = [Shape("toy", "square", 64, 64, 8)]
-BATCHES, TOY_BATCHES = (1, 4, 16, 64), (1, 2)
+BATCHES, TOY_BATCHES = (16, 1, 64, 4), (1, 2)
+CALLS = 20
+MINUTES = {"eager": 0.02, "compiled": 0.15}
 
 
-def arms(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> dict[str, Any]:
+def arms(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, mode: str) -> dict[str, Any]:
     """A dense and a 2:4 layer on the same input; without a kernel, as on a CPU, the second is dense with zeros."""
     x = torch.randn(batch * shape.tokens, shape.inputs, device=device, dtype=dtype)
     dense, sparse = (nn.Sequential(nn.Linear(shape.inputs, shape.outputs)).to(device, dtype) for _ in range(2))
@@ -65,38 +71,34 @@ def arms(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, com
     weight.data.mul_(nm_mask(weight, Sparsity(2, 4)))
     if missing(device) is None:
         accelerate(sparse, ("0",), device)
-    networks = {"dense": dense, "2:4": sparse}
-    calls = {name: torch.compile(network) if compiled else network for name, network in networks.items()}
 
     def call(network: Any) -> Callable[[], object]:
+        run = torch.compile(network, dynamic=False) if mode == "compiled" else network
+
         @torch.no_grad()
-        def run() -> object:
-            return network(x)
+        def calls() -> None:
+            for _ in range(CALLS):
+                run(x)
 
-        return run
+        return calls
 
-    return {name: call(network) for name, network in calls.items()}
+    return {"dense": call(dense), "2:4": call(sparse)}
 
 
-def main() -> int:
-    """Measure and print."""
-    options = parser(__doc__).parse_args()
-    device = device_or_none(options.toy)
-    if device is None:
-        return 0
+def cells(options: argparse.Namespace, device: torch.device) -> Iterator[Cell]:
+    """bfloat16 before float16, eager before compiled, 16 images before other numbers."""
     shapes, batches = (TOYS, TOY_BATCHES) if options.toy else (SHAPES, BATCHES)
     dtypes = (torch.bfloat16,) if options.toy else (torch.bfloat16, torch.float16)
-    cells = []
-    for shape in shapes:
-        for dtype in dtypes:
-            for batch in batches:
-                for compiled in (False,) if options.toy else (False, True):
-                    found = attempt(lambda: cell(arms(shape, batch, dtype, device, compiled), options.repeats))  # noqa: B023
-                    about = {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "compiled": compiled}
-                    cells.append({**vars(shape), **about, **found})
-                    print(cells[-1], flush=True)
-    return write("sparse_layers", device, cells, options.toy)
+
+    def found(shape: Shape, batch: int, dtype: torch.dtype, mode: str) -> Facts:
+        return timed(arms(shape, batch, dtype, device, mode), options.repeats, mode, calls=CALLS)
+
+    for dtype, mode, batch, shape in product(dtypes, MODES[:1] if options.toy else MODES, batches, shapes):
+        kind = str(dtype).removeprefix("torch.")
+        about = {**vars(shape), "dtype": kind, "batch": batch, "calls_in_a_row": CALLS}
+        name = f"{shape.network}, {shape.layer}, {kind}, batch {batch}, {mode}"
+        yield Cell(name, about, MINUTES[mode], partial(found, shape, batch, dtype, mode), mode)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure("sparse_layers", cells, parser(__doc__).parse_args()))

@@ -8,7 +8,10 @@ second arm is the dense network with zeros.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Iterator
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -20,11 +23,28 @@ from lightning_prune.pruning.masks import select_units
 from lightning_prune.pruning.nm import nm_mask
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import device_or_none, parser, write
-from networks import network, timed
+from measure import Cell, Facts, measure, parser
+from networks import network, timed_calls
 
-LARGE = ("U-ViT-S/2", "U-ViT-L/2", "DiT-XL/2", "SD-1.5", "SDXL")
-BATCHES, TOY_BATCHES = (1, 4, 16, 64), (2,)
+# Minutes of a cell, eager and compiled.
+LARGE = {
+    "DiT-XL/2": (0.1, 1.5),
+    "SDXL": (0.4, 6.0),
+    "SD-1.5": (0.1, 3.0),
+    "U-ViT-L/2": (0.05, 1.0),
+    "U-ViT-S/2": (0.05, 0.7),
+}
+TOYS = {"toy transformer": (0.0, 0.0)}
+Setting = tuple[torch.dtype, str, tuple[int, ...]]
+# The most worthwhile first.
+SETTINGS: list[Setting] = [
+    (torch.bfloat16, "eager", (16, 1, 64, 4)),
+    (torch.bfloat16, "compiled", (16,)),
+    (torch.bfloat16, "compiled", (1, 64, 4)),
+    (torch.float16, "eager", (16, 1, 64, 4)),
+    (torch.float16, "compiled", (16, 1, 64, 4)),
+]
+TOY_SETTINGS: list[Setting] = [(torch.bfloat16, "eager", (2,))]
 
 
 def prune(denoiser: Denoiser, dtype: torch.dtype, device: torch.device) -> int:
@@ -40,27 +60,28 @@ def prune(denoiser: Denoiser, dtype: torch.dtype, device: torch.device) -> int:
     return len(fit)
 
 
-def main() -> int:
-    """Measure and print."""
-    options = parser(__doc__).parse_args()
-    device = device_or_none(options.toy)
-    if device is None:
-        return 0
-    names, batches = (("toy transformer",), TOY_BATCHES) if options.toy else (LARGE, BATCHES)
-    dtypes = (torch.bfloat16,) if options.toy else (torch.bfloat16, torch.float16)
-    cells = []
-    for name, dtype in product(names, dtypes):
-        dense, sparse = (network(name, device, dtype) for _ in range(2))
-        packed = prune(sparse, dtype, device)
-        for batch, compiled in product(batches, (False,) if options.toy else (False, True)):
-            arms = {"dense": dense, "2:4": sparse}
-            found = timed(arms, batch, compiled, options.repeats)
-            about = {"network": name, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
-            cells.append({**about, "compiled": compiled, "packed_layers": packed, **found})
-            print(cells[-1], flush=True)
-        torch.compiler.reset()
-    return write("sparse_networks", device, cells, options.toy)
+@lru_cache(maxsize=1)
+def pair(name: str, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Denoiser], int]:
+    """Both arms, and how many layers are 2:4; cells of one network share them."""
+    dense, sparse = (network(name, device, dtype) for _ in range(2))
+    packed = prune(sparse, dtype, device)
+    return {"dense": dense, "2:4": sparse}, packed
+
+
+def cells(options: argparse.Namespace, device: torch.device) -> Iterator[Cell]:
+    """One call of every network in every setting."""
+
+    def found(name: str, dtype: torch.dtype, batch: int, mode: str) -> Facts:
+        arms, packed = pair(name, dtype, device)
+        return {"packed_layers": packed, **timed_calls(arms, batch, mode, options.repeats)}
+
+    for dtype, mode, batches in TOY_SETTINGS if options.toy else SETTINGS:
+        for (name, minutes), batch in product((TOYS if options.toy else LARGE).items(), batches):
+            kind = str(dtype).removeprefix("torch.")
+            about = {"network": name, "dtype": kind, "batch": batch}
+            make = partial(found, name, dtype, batch, mode)
+            yield Cell(f"{name}, {kind}, batch {batch}, {mode}", about, minutes[mode == "compiled"], make, mode)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure("sparse_networks", cells, parser(__doc__).parse_args()))

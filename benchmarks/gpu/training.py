@@ -7,8 +7,10 @@ bfloat16 autocast, random weights, which serve for time. Masks are derived again
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from lightning_prune.protocols import Sparsity
 from lightning_prune.pruning.masks import MaskSet, select_units
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import attempt, cell, device_or_none, parser, write
+from measure import Cell, Facts, measure, parser, timed
 from networks import network
 
 
@@ -52,20 +54,19 @@ def step(name: str, masked: bool, batch: int, device: torch.device) -> Callable[
     return run
 
 
-def main() -> int:
-    """Measure and print."""
-    options = parser(__doc__).parse_args()
-    device = device_or_none(options.toy)
-    if device is None:
-        return 0
-    name, batches = ("toy transformer", (2,)) if options.toy else ("DiT-XL/2", (32, 64))
-    cells = []
-    for batch in batches:
+def cells(options: argparse.Namespace, device: torch.device) -> Iterator[Cell]:
+    """A step at two batch sizes."""
+    name, batches = ("toy transformer", (2,)) if options.toy else ("DiT-XL/2", (64, 32))
+
+    def found(batch: int) -> Facts:
         arms = {"dense": step(name, False, batch, device), "masked": step(name, True, batch, device)}
-        cells.append({"network": name, "batch": batch, **attempt(lambda: cell(arms, options.repeats))})  # noqa: B023
-        print(cells[-1], flush=True)
-    return write("training", device, cells, options.toy)
+        made = timed(arms, options.repeats)
+        rates = {arm: 1e3 * batch / times["median_ms"] for arm, times in made["arms"].items()}
+        return {**made, "images_per_second": rates}
+
+    for batch in batches:
+        yield Cell(f"{name}, batch {batch}", {"network": name, "batch": batch}, 1.5, partial(found, batch))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure("training", cells, parser(__doc__).parse_args()))

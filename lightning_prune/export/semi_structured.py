@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,8 @@ def unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def accelerate(network: nn.Module, packed: tuple[str, ...], device: torch.device | str) -> nn.Module:
     """Move a network to `device` and turn its packed layers into semi-structured tensors, in place.
 
+    What these layers read is made contiguous first; names in state dicts stay.
+
     Raises:
         InputError: naming what the device lacks.
     """
@@ -124,4 +127,14 @@ def accelerate(network: nn.Module, packed: tuple[str, ...], device: torch.device
         layer = network.get_submodule(name)
         sparse = to_sparse_semi_structured(layer.get_parameter("weight").detach())
         layer.register_parameter("weight", nn.Parameter(sparse, requires_grad=False))
+        if contiguous_input not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(contiguous_input)
     return network
+
+
+def contiguous_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook before a layer. Torch's semi-structured product views its input as rows, which not every stride allows.
+
+    Diffusers' transformers read such inputs: permuted images, and slices of joint sequences.
+    """
+    return (args[0].contiguous(), *args[1:])

@@ -1,6 +1,8 @@
 """Packed 2:4 layers: what fits, what is refused and why, and that unpacking gives back every bit."""
 
 import json
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 import lightning_prune
 from lightning_prune.cli import main
 from lightning_prune.diffusion.models.dit import DiT
-from lightning_prune.export import save_artifact
+from lightning_prune.export import save_artifact, semi_structured
 from lightning_prune.export.packed import FILE
 from lightning_prune.export.semi_structured import accelerate, missing, pack, plan, unfit, unpack
 from lightning_prune.protocols import InputError, Sparsity
@@ -83,6 +85,64 @@ def test_the_cpu_says_what_it_lacks() -> None:
     assert missing("cpu") == "cpu has no semi-structured kernel; a CUDA device has"
     with pytest.raises(InputError, match="cpu has no semi-structured kernel"):
         accelerate(nn.Sequential(nn.Linear(64, 32)), ("0",), "cpu")
+
+
+class Viewing(nn.Linear):
+    """Reads rows as torch's semi-structured product does: by a view."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = super().forward(input.view(-1, input.shape[-1]))
+        return rows.view(*input.shape[:-1], -1)
+
+
+@pytest.fixture
+def _stand_in_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All of `accelerate` but the kernel."""
+    monkeypatch.setattr(semi_structured, "missing", lambda device: None)
+    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", lambda weight: weight)
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_stand_in_kernel")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_accelerated_layers_read_inputs_that_have_no_view_as_rows(compiled: bool) -> None:
+    torch.manual_seed(0)
+    layer = Viewing(16, 8)
+    network = nn.Sequential(layer)
+    names = list(network.state_dict())
+    image = torch.randn(2, 16, 4, 4)
+    tokens = image.permute(0, 2, 3, 1).reshape(2, 16, 16)  # as before proj_in
+    joint = torch.randn(2, 9, 16)[:, :5]  # as before to_out
+    with pytest.raises(RuntimeError, match="view"):
+        network(tokens)
+    expected = [nn.functional.linear(x, layer.weight, layer.bias) for x in (tokens, joint)]
+    for _ in range(2):
+        accelerate(network, ("0",), "cpu")
+    assert list(layer._forward_pre_hooks.values()) == [semi_structured.contiguous_input]
+    assert list(network.state_dict()) == names
+    run = torch.compile(deepcopy(network), backend="eager", fullgraph=True) if compiled else network
+    for x, wanted in zip((tokens, joint), expected, strict=True):
+        assert torch.allclose(run(x), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_computes_what_the_dense_layer_does(dtype: torch.dtype, compiled: bool) -> None:
+    """Both kinds of input that have no view, on the device."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 128).to("cuda", dtype).requires_grad_(False)
+    layer.weight.mul_(nm_mask(layer.weight, TWO_FOUR))
+    dense = nn.Sequential(layer)
+    sparse = accelerate(deepcopy(dense), ("0",), "cuda")
+    run = torch.compile(sparse, dynamic=False) if compiled else sparse
+    image, joint = torch.randn(2, 64, 8, 8), torch.randn(2, 77, 64)[:, :64]
+    with torch.no_grad():
+        for x in (image.permute(0, 2, 3, 1).reshape(2, 64, 64), joint):
+            x = x.to("cuda", dtype)
+            assert torch.allclose(run(x), dense(x), rtol=2e-2, atol=2e-2)
+    torch.compiler.reset()
 
 
 def test_a_plan_keeps_unfit_layers_dense_with_a_reason() -> None:

@@ -280,7 +280,7 @@ def run_jobs(table: Table, jobs: Sequence[Job], machine: Machine) -> list[str]:
                 minutes = future.result()
                 if minutes is None:
                     failed.append(job.name)
-                else:
+                elif not table.has(job):  # else it was run for its artifact
                     _take(table, job, machine, minutes)
     return failed
 
@@ -357,15 +357,19 @@ def final_flip_rate(metrics: Path) -> Row:
 
 
 def _commit() -> str:
-    """The commit of this folder; of a copy without a repository, what COMMIT in the environment says."""
+    """The commit of this folder; where git knows of none, what LIGHTNING_PRUNE_COMMIT says."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:
+            return ""
 
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return os.environ.get("LIGHTNING_PRUNE_COMMIT", "unknown")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "lightning_prune", "callbacks", "configs")
-    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    return commit + ("-dirty" if changed else "")
 
 
 def write_card(card: Path, table: str) -> None:

@@ -3,14 +3,17 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,6 +113,123 @@ def test_a_job_reads_the_artifact_of_the_one_before(results: Path, monkeypatch: 
     table = tables.Table.read("method", "pattern")
     assert tables.run_table(table, [second], results / "README.md", str, ["--runs", str(results / "runs")]) == 1
     assert f"--weights={results / 'runs' / 'a'}/artifact" in commands[0]
+
+
+class Fits:
+    """A stand-in for `lightning_prune fit`: every run leaves a report with the distance `value`.
+
+    Runs in `fail` end badly. A run in `pair` goes on only when the other one of the pair has begun too.
+    """
+
+    def __init__(self, value: float = 5.0, fail: str = "", pair: str = "") -> None:
+        self.value, self.fail, self.pair, self.ended = value, fail, pair, list[str]()
+        self.running, self.most, self.one = 0, 0, threading.Lock()
+        self.both = threading.Barrier(2)
+
+    def __call__(self, command: list[str], **_: Any) -> Any:
+        if command[0] == "git":
+            return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+        root, name = (Path(command[command.index(f"--run.{what}") + 1]) for what in ("root", "name"))
+        with self.one:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        if name.name in self.pair:
+            self.both.wait(timeout=60)
+        with self.one:
+            self.running -= 1
+            self.ended.append(name.name)
+        if name.name in self.fail:
+            return subprocess.CompletedProcess(command, 1)
+        (root / name).mkdir(parents=True)
+        (root / name / "report.json").write_text(json.dumps(report(self.value)))
+        (root / name / "metrics.csv").write_text("step\n")
+        save_file({"result": torch.arange(4.0)}, root / name / "report-influence.safetensors")
+        return subprocess.CompletedProcess(command, 0)
+
+
+def go(results: Path, jobs: list[Any], *options: str) -> int:
+    """A command on a table in `results`, whose runs are beside it."""
+    arguments = ["--runs", str(results / "runs"), *options]
+    table = tables.Table.read("method", "pattern")
+    found: int = tables.run_table(table, jobs, results / "README.md", str, arguments)
+    return found
+
+
+def after(name: str, before: str) -> Any:
+    return dataclasses.replace(job(name), after=before)
+
+
+def test_runs_go_side_by_side_and_each_leaves_its_row(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = Fits(pair="ab")
+    monkeypatch.setattr(tables.subprocess, "run", fits)
+    jobs = [job(name) for name in "abcdef"]
+    assert go(results, jobs, "--jobs", "2") == 0
+    assert fits.most == 2
+    assert [row["variant"] for row in json.loads((results / "method.json").read_text())] == list("abcdef")
+    assert go(results, jobs, "--jobs", "2") == 0
+    assert sorted(fits.ended) == list("abcdef"), "what is there is not run again"
+
+
+@pytest.mark.parametrize("count", ["1", "4"])
+def test_a_run_waits_for_the_one_it_reads(count: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = Fits()
+    monkeypatch.setattr(tables.subprocess, "run", fits)
+    assert go(results, [after("c", "b"), after("b", "a"), job("a"), job("d")], "--jobs", count) == 0
+    assert [name for name in fits.ended if name != "d"] == ["a", "b", "c"]
+
+
+def test_what_reads_a_failed_run_is_not_begun(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits = Fits(fail="a")
+    monkeypatch.setattr(tables.subprocess, "run", fits)
+    assert go(results, [job("a"), after("b", "a"), after("c", "b"), job("d")], "--jobs", "3") == 1
+    assert sorted(fits.ended) == ["a", "d"]
+    assert "failed: a, b, c" in capsys.readouterr().err
+
+
+def test_a_run_that_is_read_is_made_where_only_its_row_is_there(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables.subprocess, "run", Fits(5.0))
+    assert go(results, [job("a")]) == 0
+    shutil.rmtree(results / "runs")
+    monkeypatch.setattr(tables.subprocess, "run", (fits := Fits(9.0)))
+    assert go(results, [job("a"), after("b", "a")]) == 0
+    assert fits.ended == ["a", "b"]
+    values = {row["variant"]: row["fd_fashion"]["value"] for row in json.loads((results / "method.json").read_text())}
+    assert values == {"a": 5.0, "b": 9.0}, "a row that is there stays"
+
+
+def test_results_go_where_they_are_asked_to(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables.subprocess, "run", Fits())
+    elsewhere = results / "deep" / "elsewhere"
+    assert go(results, [job("a")], "--results", str(elsewhere)) == 0
+    assert {file.name for file in elsewhere.iterdir()} == {"method.json", "method-influence.safetensors"}
+    assert not (results / "method.json").exists()
+
+
+@pytest.mark.parametrize(("second", "verdict"), [(5.0, "0 is inside"), (6.5, "0 is outside")])
+def test_a_row_repeated_on_another_device_is_held_against_the_first(
+    second: float, verdict: str, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables.subprocess, "run", Fits(5.0))
+    assert go(results, [job("a"), job("b")]) == 0
+    before = (results / "method.json").read_text()
+    monkeypatch.setattr(tables.subprocess, "run", (fits := Fits(second)))
+    command = ("--repeat", "--device", "cuda", "--only", "a")
+    assert go(results, [job("a"), job("b")], *command) == 0
+    assert fits.ended == ["a"]
+    assert (results / "method.json").read_text() == before
+    (row,) = json.loads((results / "method-cuda.json").read_text())
+    assert row["device"] == "cuda"
+    assert row.keys() == json.loads(before)[0].keys()
+    line = capsys.readouterr().out.splitlines()[-1]
+    difference = second - 5
+    assert f"cpu 5.00 [4.00, 6.00], cuda {second:.2f}" in line
+    # Every sample has the same influence in both runs, so the interval has no width.
+    assert line.endswith(f"paired difference {difference:.2f} [{difference:.2f}, {difference:.2f}], {verdict}")
+    assert go(results, [job("a"), job("b")], *command) == 0
+    assert fits.ended == ["a"], "what was repeated is only compared"
+    assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 def test_the_card_holds_the_table_between_its_markers(results: Path) -> None:

@@ -77,7 +77,9 @@ def fit(folder: Path, device: str, case: Case, precision: str, **trainer: Any) -
     content["model"]["init_args"]["denoiser"]["init_args"] = {"weights": case.weights(device, folder)}
     content["model"]["init_args"]["process"] = PROCESS | {"init_args": {"schedule": "cosine", "prediction": "v"}}
     accelerator = "gpu" if device == "cuda" else "cpu"
-    content["trainer"] |= {"accelerator": accelerator, "devices": 1, "precision": precision, **trainer}
+    # Lightning warns that its summary of layers does not know half precision.
+    settings = {"accelerator": accelerator, "devices": 1, "precision": precision, "enable_model_summary": False}
+    content["trainer"] |= settings | trainer
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(content))
     assert main(["fit", "--config", str(file)]) == 0

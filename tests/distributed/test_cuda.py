@@ -29,9 +29,7 @@ DEEPSPEED = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    "strategy", ["fsdp2", *(pytest.param(f"zero{stage}", marks=DEEPSPEED) for stage in (1, 2, 3))]
-)
+@pytest.mark.parametrize("strategy", ["fsdp2", *(pytest.param(f"zero{stage}", marks=DEEPSPEED) for stage in (1, 2, 3))])
 def test_sharded_training_is_that_of_ddp(strategy: str, replicated: Path, tmp_path: Path) -> None:
     run = fit(tmp_path, strategy, strategy, accelerator="gpu", callbacks=[RAMP, INVARIANT])
     assert metrics(run, "loss", "val_loss") == pytest.approx(metrics(replicated, "loss", "val_loss"), rel=1e-3)

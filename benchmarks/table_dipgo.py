@@ -24,6 +24,8 @@ SEEDS = (0, 1, 2)
 STEPS = {"fashion_dit": 50, "fashion_unet": 20}
 BUDGETS = (0.2, 0.1, 0.35, 0.5)
 MINUTES = {"fashion_dit": 20.0, "fashion_unet": 15.0}
+# Rows of the search under that solver, 20 steps of it; their protocol is another, so they stand beside each other.
+ON_DPM = "-on-dpm-solver++"
 # Baselines reuse and measure as the table's searches do.
 ALIKE = ("--model.reuse=linear", "--model.loss=ssim+l1")
 # Other searches of the transformer, one switch away from the table's: config and options by variant.
@@ -51,6 +53,8 @@ def jobs() -> Iterator[Job]:
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", budget, 0, "extension")
     for variant, (config, options) in EXTENSION.items():
         yield _other(variant, config, options, 0.2)
+    for budget in (0.35, 0.5):
+        yield _on_dpm(budget)
 
 
 def _search(network: str, config: str, budget: float, seed: int, tier: str = "core") -> Job:
@@ -94,6 +98,24 @@ def _other(variant: str, config: str, options: tuple[str, ...], budget: float) -
     )
 
 
+def _on_dpm(budget: float) -> Job:
+    """A search for a better sampler than the table's, against that sampler with fewer steps."""
+    count = int(budget * 20 + 1e-9)
+    beside = {"dense": "dense", f"dpm-solver++ {count} steps": "fewer-steps"}
+    beside |= {f"dpm-solver++ {count} steps kept": "kept-steps", f"uniform-reuse {budget:g}": "uniform-reuse"}
+    return Job(
+        name=f"fashion_dit-dpm-{budget:g}-0",
+        network="fashion_dit",
+        rows={row: f"{variant}{ON_DPM}" for row, variant in {**beside, f"dipgo {budget:g}": "dipgo"}.items()},
+        target=f"{budget:g}",
+        seed=0,
+        config="dipgo/fashion_dit_dpm.yaml",
+        options=(f"--model.budget={budget:g}", _scored(beside, drift=False), *UNTIMED),
+        tier="extension",
+        minutes=12.0,
+    )
+
+
 def _scored(rows: Iterable[str], drift: bool = True) -> str:
     """The rows to draw; drift is measured from the dense network's images, which have to be drawn for it every time."""
     return f"--trainer.callbacks.init_args.rows={json.dumps([*(['dense'] if drift else []), *rows])}"
@@ -110,7 +132,8 @@ def markdown(table: Table) -> str:
 
 
 def _line(table: Table, row: Row) -> str:
-    wanted = (row["network"], row["target"], row["seed"], "dipgo")
+    ours = f"dipgo{ON_DPM}" if row["variant"].endswith(ON_DPM) else "dipgo"
+    wanted = (row["network"], row["target"], row["seed"], ours)
     learned = [r for r in table.rows if (r["network"], r["target"], r["seed"], r["variant"]) == wanted]
     paired = table.difference(learned[0], row) if learned and learned[0] is not row else None
     kept = row["macs_per_image"] / row["macs_per_image_dense"]

@@ -10,24 +10,42 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchvision.utils import save_image
 
+from lightning_prune.callbacks.capability import check_sampling, require
 from lightning_prune.diffusion.conditions import Condition
-from lightning_prune.metrics.samples import pictures_of, require_pictures
+from lightning_prune.diffusion.solvers import Sampler, SamplerName
+from lightning_prune.metrics.samples import pictures_of
+from lightning_prune.protocols import Predictor
 
 
 class ImageWriter(Callback):
     """Write predicted images as `<folder>/<sample id>-class-<label>.png`, or `<sample id>.png` where there are prompts.
 
+    A schedule of gates draws with the sampler it was found for, whatever is said here.
+
     Args:
         folder: where to; null is `predictions/` in the run folder.
+        sampler: the solver; null is DDIM, or Euler for a flow process.
+        steps: sampling steps.
+        guidance: guidance scale; 1 is none.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        sampler: SamplerName | None = None,
+        steps: int = 20,
+        guidance: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.sampler, self.steps, self.guidance = folder, sampler, steps, guidance
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "predict":
-            require_pictures(getattr(trainer, "datamodule", None), type(self).__name__)
+        if stage != "predict":
+            return
+        module = require(pl_module, Predictor, self)
+        usual: SamplerName = "flow-euler" if module.process.is_flow else "ddim"
+        module.predict_sampler = Sampler(self.sampler or usual, self.steps, self.guidance)
+        check_sampling(trainer, pl_module, module.predict_sampler, self)
 
     def on_predict_batch_end(
         self,

@@ -66,6 +66,8 @@ class PruningModule(pl.LightningModule):
 
     whole_for: ClassVar[str | None] = "for what it does with it"
     """What the method needs its network in one piece for; None if processes may share it (FSDP2, DeepSpeed)."""
+    predict_sampler: Sampler | None = None
+    """What `predict` draws by; None is 20 steps of DDIM, or of Euler for a flow."""
 
     def __init__(
         self,
@@ -159,8 +161,8 @@ class PruningModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Sample ids [B] and images [B, C, H, W] in [-1, 1], or latents, for the conditions of the batch."""
-        ids, sampler = batch["id"].cpu(), Sampler("flow-euler" if self.process.is_flow else "ddim")
-        return ids, self.sample_images(ids, move(batch["cond"], "cpu"), sampler)
+        ids, usual = batch["id"].cpu(), Sampler("flow-euler" if self.process.is_flow else "ddim")
+        return ids, self.sample_images(ids, move(batch["cond"], "cpu"), self.predict_sampler or usual)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self._optimizer.value([p for p in self.parameters() if p.requires_grad])

@@ -192,6 +192,14 @@ class VariantSource(Protocol):
 
 
 @runtime_checkable
+class Predictor(Protocol):
+    """Something that draws images in `predict`, by a sampler that may be chosen."""
+
+    process: Any
+    predict_sampler: Any
+
+
+@runtime_checkable
 class ArtifactFiles(Protocol):
     """Something whose artefact holds further files."""
 

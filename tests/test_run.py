@@ -12,9 +12,14 @@ import jsonschema
 import pytest
 import torch
 import yaml
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 import lightning_prune
 from lightning_prune.cli import main
+from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.samplers import sample_images
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.protocols import Sparsity
 from lightning_prune.pruning.nm import to_groups, violations
 
@@ -192,6 +197,24 @@ def test_predict_draws_images(runs: Path) -> None:
     assert main(["predict", *arguments]) == 0
     assert len(list((runs / "smoke" / "predictions").glob("*.png"))) == 16
     assert sorted(p.name for p in runs.iterdir()) == ["smoke", "smoke-2"]
+
+
+def test_predict_draws_by_the_sampler_that_is_asked_for(runs: Path, tmp_path: Path) -> None:
+    checkpoint = runs / "smoke" / "checkpoints" / "last.ckpt"
+    arguments = ["--config", str(SMOKE), "--run.root", str(runs), "--run.name", "smoke", "--ckpt_path", str(checkpoint)]
+    arguments += [
+        "--trainer.callbacks+=lightning_prune.callbacks.ImageWriter",
+        f"--trainer.callbacks.folder={tmp_path}",
+    ]
+    arguments += ["--trainer.callbacks.sampler=dpm-solver++", "--trainer.callbacks.steps=3"]
+    arguments += ["--trainer.callbacks.guidance=2"]
+    assert main(["predict", *arguments]) == 0
+    first = min(tmp_path.glob("*.png"))
+    ids, label = torch.tensor([int(first.name[:6])]), torch.tensor([int(first.stem.rpartition("-")[2])])
+    denoiser, process = lightning_prune.load(runs / "smoke" / "artifact"), Process(schedule="cosine", prediction="v")
+    expected = sample_images(denoiser, process, ids, label, Sampler("dpm-solver++", 3, 2.0))
+    drawn = 2 * to_tensor(Image.open(first))[:1] - 1
+    assert (drawn - expected[0].clamp(-1, 1)).abs().max() < 0.01
 
 
 def test_another_runs_artifact_is_a_row_beside(runs: Path) -> None:

@@ -33,6 +33,13 @@ _WORDS: dict[SamplerName, str] = {
     "plms": "PLMS",
     "flow-euler": "flow Euler",
 }
+_SCHEDULERS: dict[str, SamplerName] = {
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm-solver++",
+    "EulerDiscreteScheduler": "euler",
+    "PNDMScheduler": "plms",
+    "FlowMatchEulerDiscreteScheduler": "flow-euler",
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,14 @@ class Sampler:
         if self.timesteps is not None:
             return f"{_WORDS[self.name]}, timesteps {' '.join(map(str, self.timesteps))}"
         return _WORDS[self.name] if self.name == "flow-euler" else f"{_WORDS[self.name]}, {self.spacing}"
+
+
+def describe_scheduler(scheduler: Any) -> str:
+    """A pipeline's scheduler in the words of `Sampler.describe`; the name of its class where no sampler is like it."""
+    name = type(scheduler).__name__
+    if name not in _SCHEDULERS or scheduler.config.get("algorithm_type", "dpmsolver++") != "dpmsolver++":
+        return name
+    return Sampler(_SCHEDULERS[name], spacing=scheduler.config.get("timestep_spacing", "trailing")).describe()
 
 
 class Solver(Protocol):

@@ -1,7 +1,8 @@
 """`gates.json`: a schedule of gates as a file, and what it belongs to.
 
 A schedule is found for one network, scheduler, number of network calls and kind of guidance, and says so by a
-fingerprint. Elsewhere it is refused, or remapped to another number of steps when asked.
+fingerprint. Elsewhere it is refused, or remapped to another solver and number of steps when asked; a pipeline, which
+may hold the weights in another precision, is asked for its blocks and scheduler alone.
 """
 
 from __future__ import annotations

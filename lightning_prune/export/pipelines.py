@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_prune.diffusion.gating import Gating, install, remove
 from lightning_prune.diffusion.models import families
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.recall import Slot
+from lightning_prune.diffusion.solvers import describe_scheduler
 from lightning_prune.export.gates import read_gates
 from lightning_prune.protocols import InputError
 
@@ -75,17 +77,14 @@ def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_t
         pipeline: a diffusers pipeline with a `transformer` or `unet` of a family known here.
         file: the schedule.
         calls_a_step: network calls a step: 1, or 2 where guidance calls twice instead of doubling the batch.
-        remap_to: stretch the schedule to this number of network calls.
+        remap_to: stretch the schedule to this number of network calls, of whatever solver the pipeline has.
 
     Raises:
-        InputError: no such network, a schedule for other blocks or another noise schedule; when run, another number of
-            steps.
+        InputError: no such network, a schedule for other blocks, another noise schedule or another solver; when run,
+            another number of steps. Weights are not compared: a pipeline may hold them in another precision.
     """
     found, network = read_gates(Path(file)), _network(pipeline)
-    for key in ("prediction_type", "beta_schedule"):
-        theirs = pipeline.scheduler.config.get(key)
-        if key in found.scheduler and theirs != found.scheduler[key]:
-            raise InputError(f"{file}: found for {key} {found.scheduler[key]}, the pipeline's scheduler has {theirs}")
+    _check_scheduler(Path(file), found.scheduler, pipeline.scheduler, any_solver=remap_to is not None)
     schedule = found.schedule if remap_to is None else found.schedule.remapped(remap_to)
     graph = _family(network).blocks(_Seen(network), schedule.granularity)
     if graph.names != schedule.blocks:
@@ -96,6 +95,18 @@ def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_t
     network._schedule, network._scheduler, network._calls_a_step = schedule, pipeline.scheduler, calls_a_step
     network._count, network._slots, network._memory, network._last = 0, {}, {}, {}
     network.__class__ = type(f"Gated{type(network).__name__}", (GatedPipelineNetwork, type(network)), {})
+
+
+def _check_scheduler(file: Path, found_for: Mapping[str, Any], scheduler: Any, any_solver: bool) -> None:
+    for key in ("prediction_type", "beta_schedule"):
+        theirs = scheduler.config.get(key)
+        if key in found_for and theirs != found_for[key]:
+            raise InputError(f"{file}: found for {key} {found_for[key]}, the pipeline's scheduler has {theirs}")
+    ours, theirs = str(found_for.get("solver", "")), describe_scheduler(scheduler)
+    if ", timesteps " in ours:  # a pipeline is told them when it is called
+        ours, theirs = (words.split(", ")[0] for words in (ours, theirs))
+    if ours and ours != theirs and not any_solver:
+        raise InputError(f"{file}: found for {ours}, the pipeline's scheduler is {theirs}; remap_to runs it anyway")
 
 
 def disable_gates(pipeline: Any) -> None:

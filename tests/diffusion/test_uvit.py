@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_prune.diffusion.models.uvit import UViT
 from lightning_prune.diffusion.pretrained import without_weights
+from lightning_prune.export import load, save_artifact
 from lightning_prune.metrics.macs import count_denoiser
 from lightning_prune.protocols import InputError, Sparsity
 from lightning_prune.pruning.masks import select_units
@@ -197,6 +198,15 @@ def test_a_public_checkpoint_loads_with_its_config(tmp_path: Path) -> None:
     assert torch.equal(denoiser.network.get_parameter("pos_embed"), network.pos_embed)
     with pytest.raises(InputError, match=r"nnet_ema\.pth: .* has shape"):
         UViT(weights=str(tmp_path / "nnet_ema.pth"), config={**backbone.config, "img_size": 16})
+
+
+def test_checkpoints_that_count_from_one_are_told_so_and_stay_so(tmp_path: Path) -> None:
+    backbone = next(b for b in BACKBONES if b.name == "uvit_classes")
+    denoiser = UViT(config=dict(backbone.config), first_timestep=1).eval()
+    x, t, cond = torch.randn(2, *denoiser.sample_shape), torch.tensor([0, 999]), torch.tensor([1, 2])
+    torch.testing.assert_close(denoiser(x, t, cond), denoiser.network(x, t + 1, labels=cond), atol=0, rtol=0)
+    again = load(save_artifact(denoiser, tmp_path / "artifact", "dense", {}))
+    torch.testing.assert_close(again(x, t, cond), denoiser(x, t, cond), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
 from lightning_prune.blocks import GateSchedule
 from lightning_prune.diffusion.gated import gated
@@ -99,3 +99,22 @@ def test_another_process_or_network_is_refused(pipeline: Any, tmp_path: Path) ->
         enable_gates(pipe, file)
     with pytest.raises(InputError, match="has neither of transformer, unet"):
         enable_gates(object(), file)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (DPMSolverMultistepScheduler(timestep_spacing="trailing"), r"DPM-Solver\+\+\(2M\), trailing"),
+        (DDIMScheduler(timestep_spacing="leading"), "DDIM eta=0, leading"),
+        (HeunDiscreteScheduler(), "HeunDiscreteScheduler"),
+    ],
+)
+def test_another_solver_is_refused_unless_remapped(pipeline: Any, tmp_path: Path, scheduler: Any, said: str) -> None:
+    _, denoiser = pipeline
+    file = write(denoiser, tmp_path, GATES)
+    pipe = DDIMPipeline(unet=denoiser.network, scheduler=DDIMScheduler())
+    pipe.scheduler = scheduler
+    with pytest.raises(InputError, match=f"found for DDIM eta=0, trailing, the pipeline's scheduler is {said};"):
+        enable_gates(pipe, file)
+    enable_gates(pipe, file, remap_to=6)
+    disable_gates(pipe)

@@ -24,8 +24,16 @@ _PARTS = (("A", "attn"), ("F", "mlp"))
 class UViT(TextDenoiser):
     """A transformer with long skips. `weights` may be a public checkpoint, a `.pth` file; `config` is needed then.
 
-    Timesteps reach the network as they are: checkpoints of the discrete process (text) count 1 to 1000, those of the
-    continuous one 999 times the time. With classes, the last row of the label table stands for "no class".
+    With classes, the last row of the label table stands for "no class".
+
+    Args:
+        weights: as for every denoiser.
+        config: as for every denoiser.
+        subfolder: as for every denoiser.
+        null_prompt: as for every text denoiser.
+        text_tokens: as for every text denoiser.
+        first_timestep: what the network calls the least noisy timestep, 0 of the process: 0 for checkpoints of the
+            continuous process, which read 999 times the time, 1 for those of the discrete one, which count 1 to 1000.
     """
 
     network_class: ClassVar[type[ModelMixin]] = UViTModel
@@ -37,8 +45,10 @@ class UViT(TextDenoiser):
         subfolder: str | None = None,
         null_prompt: str | None = None,
         text_tokens: int | None = None,
+        first_timestep: int = 0,
     ) -> None:
         super().__init__(weights, config, subfolder, null_prompt, text_tokens)
+        self.first_timestep = first_timestep
         stored = self.stored
         self.sample_shape = (stored.in_chans, stored.img_size, stored.img_size)
         self.num_classes = max(0, stored.num_classes - 1)
@@ -57,11 +67,16 @@ class UViT(TextDenoiser):
         return (TextDenoiser if self.takes_text else Denoiser).null_condition(self, cond)
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        t = t + self.first_timestep
         if self.takes_text:
             output: Tensor = self.network(x, t, prompt=self.parts(cond)["prompt_embeds"])
         else:
             output = self.network(x, t, labels=cond if self.network.label_emb is not None else None)
         return output
+
+    def arguments(self) -> dict[str, Any]:
+        own = {"first_timestep": self.first_timestep} if self.first_timestep else {}
+        return {**super().arguments(), **own}
 
     def default_dense(self) -> Sequence[str]:
         """Patch, timestep and prompt embeddings, the layers that merge skips, decoder and last convolution.

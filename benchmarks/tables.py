@@ -213,7 +213,9 @@ def run_table(
         for job in missing:
             print(f"  {job.name}: {', '.join(job.rows.values())} ({job.tier}, {job.minutes:g} minutes)")
         return 0
-    failed = run_jobs(filled, with_those_before(missing, jobs, runs), Machine(runs, options.device, options.jobs))
+    until = time.monotonic() + 60 * options.minutes
+    machine = Machine(runs, options.device, options.jobs, until)
+    failed = run_jobs(filled, with_those_before(missing, jobs, runs), machine)
     if options.repeat:
         print("\n".join(repeated(table, filled, chosen)))
     if failed:
@@ -230,6 +232,7 @@ def _options(method: str, card: Path, args: Sequence[str] | None) -> argparse.Na
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tables", help="where run folders go")
     parser.add_argument("--results", type=Path, metavar="DIR", help=f"where {method}.json is read and written")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side; their output goes to logs")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run later than that; default: no end")
     repeat = f"make rows again, into {method}-<device>.json, and say whether they agree with the table's"
     parser.add_argument("--repeat", action="store_true", help=repeat)
     parser.add_argument("--write-card", action="store_true", help=f"write the table into {card.name}; run nothing")
@@ -241,11 +244,12 @@ def _options(method: str, card: Path, args: Sequence[str] | None) -> argparse.Na
 
 @dataclass(frozen=True)
 class Machine:
-    """Where runs are made: their folders, "cpu" or "cuda", and how many at a time."""
+    """Where runs are made: their folders, "cpu" or "cuda", how many at a time, and until when one may begin."""
 
     runs: Path
     device: str
     jobs: int = 1
+    until: float = math.inf
 
 
 def with_those_before(missing: Sequence[Job], jobs: Sequence[Job], runs: Path) -> list[Job]:
@@ -268,8 +272,12 @@ def run_jobs(table: Table, jobs: Sequence[Job], machine: Machine) -> list[str]:
     waiting, running, failed = list(jobs), dict[Future[float | None], Job](), list[str]()
     with ThreadPoolExecutor(machine.jobs) as pool:
         while waiting or running:
+            if waiting and time.monotonic() > machine.until:
+                print(f"{len(waiting)} runs were left out for --minutes; the same command goes on with them")
+                waiting.clear()
             unfinished = {job.name for job in [*waiting, *running.values()]}
-            for job in [job for job in waiting if job.after not in unfinished]:
+            ready = [job for job in waiting if job.after not in unfinished]
+            for job in ready[: machine.jobs - len(running)]:
                 waiting.remove(job)
                 if job.after in failed:
                     failed.append(job.name)

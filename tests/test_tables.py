@@ -2,13 +2,14 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,6 +177,16 @@ def test_a_run_waits_for_the_one_it_reads(count: str, results: Path, monkeypatch
     monkeypatch.setattr(tables.subprocess, "run", fits)
     assert go(results, [after("c", "b"), after("b", "a"), job("a"), job("d")], "--jobs", count) == 0
     assert [name for name in fits.ended if name != "d"] == ["a", "b", "c"]
+
+
+def test_no_run_begins_late(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fits, clock = Fits(), itertools.count()
+    monkeypatch.setattr(tables.subprocess, "run", fits)
+    # Every look at the clock takes half a minute.
+    monkeypatch.setattr(tables, "time", SimpleNamespace(monotonic=lambda: 30.0 * next(clock)))
+    assert go(results, [job(name) for name in "abcd"], "--minutes", "2.1") == 0
+    assert fits.ended == ["a", "b"]
+    assert "2 runs were left out for --minutes" in capsys.readouterr().out
 
 
 def test_what_reads_a_failed_run_is_not_begun(

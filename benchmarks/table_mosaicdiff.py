@@ -79,8 +79,9 @@ def jobs() -> Iterator[Job]:
             name = f"guidance-{scale:g}" + ("-weighted" if weighted else "")
             rows = {RESULT: f"measured-{name}"}
             if not weighted:
-                rows |= {"dense": f"dense-{name}", "published": f"published-{name}"}
-            rivals: Recipes = {} if weighted else {"published": CORE["published"]}
+                alike = {**{rival: rival for rival in CORE}, "dense": "dense", _fewer_steps(0.33): "dense-fewer-steps"}
+                rows |= {row: f"{variant}-{name}" for row, variant in alike.items()}
+            rivals: Recipes = {} if weighted else CORE
             further = (*options, *(("--model.guidance_weighted=true",) if weighted else ()))
             report = (f"guidance: {scale:g}",)
             yield _job(f"fashion_dit-{name}-0", 0.33, rivals, rows, tier="extension", options=further, report=report)

@@ -30,7 +30,9 @@ import platform
 import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,11 +68,16 @@ class _Allocations(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_size_t) for name in _FIELDS)
 
 
-def in_use() -> int:
-    """Bytes that the C library has handed out."""
+@cache
+def _library() -> Any:
     read = ctypes.CDLL(None).mallinfo2
     read.restype = _Allocations
-    found = read()
+    return read
+
+
+def in_use() -> int:
+    """Bytes that the C library has handed out."""
+    found = _library()()
     return int(found.uordblks + found.hblkhd)
 
 

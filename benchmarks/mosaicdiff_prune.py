@@ -4,24 +4,35 @@
 
 * `ratio_sampling`: seconds to collect statistics and to prune every stage over seconds to sample 1,000 images with the
   dense network (1,000 times the seconds an image of 64, drawn in turn with the pruning).
-* `ratio_memory`: growth of the process' own memory up to its peak while pruning, over the dense network, its
-  activations for one calibration batch and the statistics of one layer group; both count from before the network's
-  first call. Statistics themselves are mapped from a file.
+* `ratio_memory`: the most memory that is in use at once while pruning, the dense network and the slim stages included,
+  over the dense network at work and the statistics of one layer group. At work means sampling the 64 images that
+  seconds are compared with: calibration calls the network on batches of as many, and no method that calls it at all
+  does with less than its weights and the activations of a call. Statistics of a group are four matrices of the widest
+  in float64: second moments, their inverse, the Gram matrix of the weights and one working copy. All other statistics
+  and outputs of layers are in files.
+* `ratio_memory_without_activations`: the same over the weights and the statistics of one layer group alone.
+* `ratio_resident`: as `ratio_memory`, of the pages that no file backs. What the C library has been given back and
+  keeps is in it, on both sides; with these small networks (no tensor is above its limit of 32 MB for returning memory
+  at once) that is as much as is in use, and differs from run to run.
 * `speedup_over_naive`: seconds of the published loop, a Python loop over columns, over ours, on one feed-forward layer;
   both end with the same columns and the same weights.
 
-The last line is JSON.
+Memory in use is what the C library has handed out (`mallinfo2`, glibc 2.33 or later), a thousand times a second. It is
+measured in a pruning of its own, since watching takes time. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +59,29 @@ PROCESS = Process(schedule="cosine", prediction="v")
 RECALIBRATION_IMAGES = 256
 
 
-def own_memory() -> int:
+_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Allocations(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _FIELDS)
+
+
+@cache
+def _library() -> Any:
+    read = ctypes.CDLL(None).mallinfo2
+    read.restype = _Allocations
+    return read
+
+
+def in_use() -> int:
+    """Bytes that the C library has handed out."""
+    found = _library()()
+    return int(found.uordblks + found.hblkhd)
+
+
+def resident() -> int:
     """Bytes of this process that no file backs (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -57,26 +90,30 @@ def own_memory() -> int:
 
 
 class Peak:
-    """Largest growth of the process' own memory while the block runs, sampled a hundred times a second."""
+    """Largest growth of this process' memory since `Peak.began`, while the block runs: in use, and resident."""
+
+    began: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def begin(cls) -> None:
+        """Count from here on."""
+        cls.began = in_use(), resident()
 
     def __enter__(self) -> Peak:
-        self.start = self.largest = own_memory()
+        self.in_use = self.resident = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.largest = max(self.largest, own_memory())
+        while not self._stop.wait(0.001):
+            self.in_use = max(self.in_use, in_use() - self.began[0])
+            self.resident = max(self.resident, resident() - self.began[1])
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-
-    @property
-    def growth(self) -> int:
-        return self.largest - self.start
 
 
 def prune(
@@ -168,34 +205,39 @@ def main() -> None:
         sample_images(dense, PROCESS, ids, cond, sampler)
         sampling.append((time.perf_counter() - began) / 64)
 
-    batches = calibration(options.batches, options.batch)
-    # The first call: what later ones need, the allocator holds already.
-    with Peak() as forward:
+    batches, recipe = calibration(options.batches, options.batch), Recipe(stages=5)
+    Peak.begin()
+    with Peak() as work:
         sample()
+    with tempfile.TemporaryDirectory() as folder, Peak() as peak:
+        prune(dense, sampler, recipe, batches, options.target, Path(folder))
     sampling.clear()
     sample()
-    largest = max(g.units * g.columns + 1 for g in dense.groups())
-    # A layer group in float64: second moments, their inverse, the Gram matrix of the weights and one working copy.
-    one_group = 4 * 8 * largest**2
-    network = sum(p.numel() * p.element_size() for p in dense.parameters())
-    with tempfile.TemporaryDirectory() as folder, Peak() as peak:
+    with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        prune(dense, sampler, Recipe(stages=5), batches, options.target, Path(folder))
+        prune(dense, sampler, recipe, batches, options.target, Path(folder))
         pruning = time.perf_counter() - began
-    growth = peak.largest - forward.start
     sample()
     seconds_per_image = sum(sampling) / len(sampling)
+    largest = max(g.units * g.columns + 1 for g in dense.groups())
+    one_group = 4 * 8 * largest**2
+    network = sum(p.numel() * p.element_size() for p in dense.parameters())
     factor, difference = speedup(options.width, 4 * options.width, 128)
     result = {
         "ratio_sampling": pruning / (1000 * seconds_per_image),
-        "ratio_memory": (network + growth) / (network + forward.growth + one_group),
+        "ratio_memory": (network + peak.in_use) / (network + work.in_use + one_group),
         "speedup_over_naive": factor,
+        "ratio_memory_without_activations": (network + peak.in_use) / (network + one_group),
+        "ratio_resident": (network + peak.resident) / (network + work.resident + one_group),
         "largest_difference": difference,
         "prune_seconds": pruning,
         "seconds_per_image": seconds_per_image,
-        "peak_growth_bytes": growth,
-        "forward_growth_bytes": forward.growth,
+        "network_bytes": network,
         "layer_group_bytes": one_group,
+        "sampling_in_use_bytes": work.in_use,
+        "pruning_in_use_bytes": peak.in_use,
+        "sampling_resident_bytes": work.resident,
+        "pruning_resident_bytes": peak.resident,
         "threads": options.threads,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),

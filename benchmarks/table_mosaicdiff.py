@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import ROOT, Job, Row, Table, distance_cell, interval, run_table
+from tables import ROOT, UNTIMED, Job, Row, Table, distance_cell, interval, run_table
 
 SEEDS = (0, 1, 2)
 TARGETS = {"fashion_dit": (0.33, 0.5, 0.2), "fashion_unet": (0.33,)}
 MINUTES_A_ROW = {"fashion_dit": 1.5, "fashion_unet": 5.0}
+MINUTES_TO_RECOVER = 4.0
 STEPS = 20
 RESULT = "mosaicdiff measured"
 Recipes = dict[str, dict[str, object]]
@@ -48,6 +49,7 @@ EXTENSION: Recipes = {
     "layer-errors": {**MEASURED, "sensitivity": "layer"},
     "evolution": {"allocation": "evolution", "stages": 5},
     "learned": {"allocation": "learned", "stages": 5, "evaluations": 60},
+    "bias-compensated": {**MEASURED, "affine": True},
     "nested": {**MEASURED, "nested": True},
     "ten-stages": {**MEASURED, "stages": 10},
     "published-snr": {"allocation": "published", "snr_weight": 0.05},
@@ -70,14 +72,16 @@ def jobs() -> Iterator[Job]:
     yield _job("fashion_dit-switches-0.33-0", 0.33, EXTENSION, {}, tier="extension")
     for name, options in CALIBRATIONS.items():
         yield _job(f"fashion_dit-{name}-0.33-0", 0.33, {}, {RESULT: name}, tier="extension", options=options)
+    yield _recovered()
     for scale in GUIDANCES:
         options = (f"--model.guidance={scale:g}",)
         for weighted in (False, True):
             name = f"guidance-{scale:g}" + ("-weighted" if weighted else "")
             rows = {RESULT: f"measured-{name}"}
             if not weighted:
-                rows |= {"dense": f"dense-{name}", "published": f"published-{name}"}
-            rivals: Recipes = {} if weighted else {"published": CORE["published"]}
+                alike = {**{rival: rival for rival in CORE}, "dense": "dense", _fewer_steps(0.33): "dense-fewer-steps"}
+                rows |= {row: f"{variant}-{name}" for row, variant in alike.items()}
+            rivals: Recipes = {} if weighted else CORE
             further = (*options, *(("--model.guidance_weighted=true",) if weighted else ()))
             report = (f"guidance: {scale:g}",)
             yield _job(f"fashion_dit-{name}-0", 0.33, rivals, rows, tier="extension", options=further, report=report)
@@ -91,6 +95,27 @@ def _core(network: str, target: float, seed: int) -> Job:
     if seed == 0 and network == "fashion_unet":
         rows[_fewer_steps(target)] = "dense-fewer-steps"
     return _job(f"{network}-{target:g}-{seed}", target, CORE, rows, network=network, seed=seed)
+
+
+def _recovered() -> Job:
+    """The stages of a core run, trained for the steps of the config; apart from what is training-free."""
+    return Job(
+        name="fashion_dit-recovered-0.33-0",
+        network="fashion_dit",
+        rows={"recovered": "measured-recovered-300-steps"},
+        target="0.33",
+        seed=0,
+        config="mosaicdiff/fashion_dit_recovered.yaml",
+        options=(
+            "--model.denoiser.path={after}/artifact",
+            "--trainer.max_steps=300",
+            "--trainer.callbacks.init_args.rows=[]",
+            *UNTIMED,
+        ),
+        tier="extension",
+        minutes=MINUTES_A_ROW["fashion_dit"] + MINUTES_TO_RECOVER,
+        after="fashion_dit-0.33-0",
+    )
 
 
 def _baselines(target: float) -> Job:

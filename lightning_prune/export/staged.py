@@ -68,7 +68,9 @@ def read(family: type[Denoiser], folder: Path, manifest: Mapping[str, Any]) -> S
     dense = family(config=read_config(folder / "config.json", family.network_class), **arguments)
     groups = width_groups(dense.network)
     try:
-        tensors = load_file(folder / FILE)
+        # Where networks are built: without weights, that is nowhere.
+        home = next(dense.parameters()).device
+        tensors = {name: tensor.to(home) for name, tensor in load_file(folder / FILE).items()}
         lengths = [int(stage["steps"]) for stage in manifest["stages"]]
         networks = [_stage(dense.network, groups, stage, tensors, folder) for stage in manifest["stages"]]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -88,7 +88,8 @@ class Layer:
         mean = h.diagonal()[~dead].mean()
         h.diagonal()[dead] = mean
         while True:
-            damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
+            damped = h.clone()
+            damped.diagonal().add_(damping * mean)
             if int(torch.linalg.cholesky_ex(damped).info) == 0:
                 return cls(w, damped)
             damping = max(10 * damping, _FALLBACK)
@@ -202,8 +203,8 @@ def _single_columns(p: Tensor, a: Tensor, units: int) -> Removal:
             gone.append(int(names[i]))
         stays = ~torch.isin(names, torch.tensor(gone[-count:], device=names.device))
         r, t, b = r[:, stays], t[:, stays], b[:, stays]
-        p = p[stays][:, stays] - r.T @ t
+        p = p[stays][:, stays].sub_(r.T @ t)
         change = b.T @ t
-        a = a[stays][:, stays] - change - change.T
+        a = a[stays][:, stays].sub_(change).sub_(change.T)
         names, removable = names[stays], removable[stays]
     return Removal(tuple(gone), torch.stack(scores).cumsum(0).cpu())

@@ -10,12 +10,13 @@ which draws towards the weights it had. Least squares give outputs less power th
 they cannot explain; over the steps of a sampling run this becomes a loss of contrast and detail. `match_power` scales
 the weights so that outputs vary as much as the dense layer's.
 
-Samples are seen a batch at a time, once by the dense network and as far as each layer by the slim one.
+Samples are seen a batch at a time, once by the dense network. The slim one goes as far as each layer in turn, and
+what comes before the part that the layer lies in is replayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.protocols import WidthGroup
-from lightning_prune.pruning.curvature import mapped, rows_read
+from lightning_prune.pruning.curvature import rows_read
 from lightning_prune.pruning.obs import Layer
+from lightning_prune.pruning.replay import Replay
+from lightning_prune.pruning.spill import Place, Spill
 
 Run = Callable[[int], object]
 
@@ -55,13 +58,20 @@ def recalibrate(
         groups: the groups that were cut.
         damping: m, relative to the mean diagonal of the second moments.
         match_power: scale outputs to the variance of the dense layer's.
-        folder: where to map the dense layers' outputs from; null keeps them in memory.
+        folder: where to keep outputs in files; null keeps them in memory.
     """
-    # In the order of the first call.
     wanted = _outputs(dense, run_dense, batches, groups, folder)
+    inside = {group.output: group.name for group in groups}
+    replay = Replay(slim, inside.values(), folder)
+
+    def as_far_as(name: str, batch: int) -> None:
+        with replay.until(inside[name], batch):
+            run(batch)
+
     for name in list(wanted):
         layer = slim.get_submodule(name)
-        moments = _moments(layer, run, wanted.pop(name))
+        spill, places = wanted.pop(name)
+        moments = _moments(layer, partial(as_far_as, name), (spill.get(place) for place in places))
         _refit(layer, moments, damping, match_power, name)
 
 
@@ -71,14 +81,18 @@ class _ReachedError(Exception):
 
 def _outputs(
     network: nn.Module, run: Run, batches: int, groups: Sequence[WidthGroup], folder: Path | None
-) -> dict[str, list[Tensor]]:
-    """Rows [samples * positions, m] that layers give in each batch."""
-    found: dict[str, list[Tensor]] = {}
+) -> dict[str, tuple[Spill, list[Place]]]:
+    """Rows [samples * positions, m] that layers give in each batch, by layer in the order of their first call.
+
+    Each layer's go when nobody holds its spill any more.
+    """
+    spills = {group.output: Spill(folder) for group in groups}
+    found: dict[str, tuple[Spill, list[Place]]] = {}
 
     def keep(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         rows = output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output
-        kept = mapped(rows.numel(), folder).view(-1, rows.shape[-1])
-        found.setdefault(name, []).append(kept.copy_(rows.reshape(-1, rows.shape[-1])))
+        spill, places = found.setdefault(name, (spills[name], []))
+        places.append(spill.put(rows.reshape(-1, rows.shape[-1]).float()))
 
     with ExitStack() as stack:
         for group in groups:
@@ -120,7 +134,7 @@ class _Moments:
         return float(((weight @ self.inputs) * weight).sum()) / self.rows - float(mean.square().sum())
 
 
-def _moments(layer: nn.Module, run: Run, wanted: Sequence[Tensor]) -> _Moments:
+def _moments(layer: nn.Module, run: Run, wanted: Iterable[Tensor]) -> _Moments:
     """Of what a layer reads in each batch, and of what is wanted of it."""
     flat = _flat(layer)
     outputs, n = flat.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.protocols import WidthGroup
+from lightning_prune.pruning import recalibration
 from lightning_prune.pruning.recalibration import recalibrate
 from lightning_prune.pruning.structural import Width, slim
 from tests.factories import tiny_dit, tiny_unet
@@ -79,6 +81,28 @@ def test_batches_and_where_outputs_are_kept_change_nothing(pair: Pair, tmp_path:
     # Sums in float32, in another order, solved with hardly any damping: 1e-4 apart on some numbers of threads.
     assert torch.allclose(pair.run(pair.slim), other.run(other.slim), atol=1e-3)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_held_does_not_grow_with_the_number_of_batches(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    refit = recalibration._refit
+
+    def census(*arguments: Any) -> None:
+        if not held:  # at the first layer the outputs of all others are kept
+            gc.collect()
+            held.append(sum(o.numel() for o in gc.get_objects() if issubclass(type(o), Tensor)))
+        refit(*arguments)
+
+    monkeypatch.setattr(recalibration, "_refit", census)
+    found = []
+    for sizes, folder in (((4, 4), tmp_path), ((4,) * 8, tmp_path), ((4,) * 8, None)):
+        pair.recalibrate(pair.groups, sizes=sizes, folder=folder)
+        found.append(held.pop())
+    few, many, in_memory = found
+    assert many < 1.01 * few, "neither outputs of the dense network nor what is replayed"
+    assert in_memory > 1.2 * many, "which is what the file is for"
 
 
 def test_every_layer_is_a_least_squares_fit_on_what_it_reads(pair: Pair) -> None:

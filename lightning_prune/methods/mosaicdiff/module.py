@@ -65,7 +65,8 @@ class MosaicDiff(PruningModule):
             their own network.
         target_of: what the target is a share of: MACs, or seconds as measured on this machine, where two runs may
             differ. What is planned is planned in MACs.
-        spill: keep statistics in a file mapped from the run folder instead of in memory.
+        spill: keep statistics, and outputs of layers that are needed later, in files of the run folder instead of in
+            memory.
         seed: seed of timesteps and noise; null takes that of `seed_everything`.
     """
 

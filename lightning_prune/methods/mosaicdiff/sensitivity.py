@@ -8,9 +8,8 @@ between them in proportion to the layer's error; stages are weighed by how far i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,11 +19,12 @@ from lightning_prune.diffusion.conditions import Condition, move, stack
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
-from lightning_prune.diffusion.samplers import guided, initial_noise, integrate
+from lightning_prune.diffusion.samplers import OnStep, Predict, guided, initial_noise, integrate
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.protocols import WidthGroup
 from lightning_prune.pruning.allocation import Problem, rising
 from lightning_prune.pruning.obs import Removal
+from lightning_prune.pruning.replay import Replay
 from lightning_prune.pruning.stages import Stage
 from lightning_prune.pruning.structural import Width, masked, slim
 
@@ -78,11 +78,24 @@ class Probe:
         assert self._final is not None
         return self._final
 
-    def drift(self, denoiser: StagedDenoiser) -> float:
-        """Mean squared difference of a staged network's images from the dense network's."""
-        calls = self.sampler.calls(self.process)
-        found = self._sample(denoiser, lambda index: denoiser.at_step(index, calls))
-        return float((found - self.final()).square().mean())
+    def drift(self, denoiser: StagedDenoiser, first: int = 0) -> float:
+        """Mean squared difference of a staged network's images from the dense network's.
+
+        Args:
+            denoiser: the stages.
+            first: the first step at which they differ from the dense network; those before it are not computed again.
+        """
+        final, calls, now = self.final(), self.sampler.calls(self.process), [0]
+        staged = guided(denoiser, denoiser.null_condition, self.sampler.guidance, denoiser.guide)
+
+        def on_step(index: int) -> None:
+            denoiser.at_step(index, calls)
+            now[0] = index
+
+        def predict(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            return staged(x, t, cond) if now[0] >= first else self._states[now[0]][2]
+
+        return float((self._sample(predict, on_step) - final).square().mean())
 
     def predict(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The dense network's guided prediction, whatever is masked in it."""
@@ -97,25 +110,24 @@ class Probe:
             self._states.append((x, t, output))
             return output
 
-        self._final = self._sample(None, None, record)
+        self._final = self._sample(record)
 
-    def _sample(self, denoiser: StagedDenoiser | None, on_step: Any, predict: Any = None) -> Tensor:
+    def _sample(self, predict: Predict, on_step: OnStep | None = None) -> Tensor:
         noise = initial_noise(torch.arange(self.images), self.dense.sample_shape, self.seed).to(self.device)
-        if denoiser is not None:
-            predict = guided(denoiser, denoiser.null_condition, self.sampler.guidance, denoiser.guide)
         return integrate(predict, self.process, noise, move(self.cond, self.device), self.sampler, on_step)
 
 
 @torch.no_grad()
-def output_error(probe: Probe, steps: Sequence[int], pruned: Sequence[tuple[Any, Width]]) -> float:
-    """Mean squared error of the prediction over the states of some steps, with groups masked to the given widths."""
+def output_error(probe: Probe, steps: Sequence[int], group: WidthGroup, width: Width, replay: Replay) -> float:
+    """Mean squared error of the prediction over the states of some steps, with a group masked to a width.
+
+    `replay` keeps what the dense network gives up to the group.
+    """
     x, t, expected = (torch.cat(parts) for parts in zip(*(probe.states(step) for step in steps), strict=True))
     cond = own = move(probe.cond, probe.device)
     for _ in steps[1:]:
         cond = stack(cond, own)
-    with ExitStack() as masks:
-        for group, width in pruned:
-            masks.enter_context(masked(probe.dense.network, group, width))
+    with masked(probe.dense.network, group, width), replay.until(group.name, tuple(steps)):
         return float((probe.predict(x, t, cond) - expected).square().mean())
 
 
@@ -131,7 +143,8 @@ def measured_errors(
     """Cost of removing the first k units of each group in each stage [units], comparable over both."""
     found = []
     for stage, orders in zip(stages, removals, strict=True):
-        curves = [_curve(pruner, stage, recipe, g, order, problem.most(g)) for g, order in enumerate(orders)]
+        replay = Replay(pruner.dense.network, [group.name for group in pruner.groups], pruner.curvature.folder)
+        curves = [_curve(pruner, stage, recipe, g, order, problem.most(g), replay) for g, order in enumerate(orders)]
         weight = float(stage.steps)
         if recipe.sensitivity in ("balanced", "final"):
             drift = _drift_per_error(pruner, stages, stage, recipe, orders, curves, problem)
@@ -141,23 +154,27 @@ def measured_errors(
     return found
 
 
-def _curve(pruner: Pruner, stage: Stage, recipe: Recipe, number: int, removal: Removal, most: int) -> Tensor:
+def _curve(
+    pruner: Pruner, stage: Stage, recipe: Recipe, number: int, removal: Removal, most: int, replay: Replay
+) -> Tensor:
     """Output error of removing the first k units of one group, interpolated between measured widths."""
     group = pruner.groups[number]
     key = (stage, group.name, removal.order, recipe.compensate, recipe.affine, most)
     if key not in pruner.curves:
-        pruner.curves[key] = _measure(pruner, stage, recipe, group, removal, most)
+        pruner.curves[key] = _measure(pruner, stage, recipe, group, removal, most, replay)
     return pruner.curves[key]
 
 
-def _measure(pruner: Pruner, stage: Stage, recipe: Recipe, group: WidthGroup, removal: Removal, most: int) -> Tensor:
+def _measure(
+    pruner: Pruner, stage: Stage, recipe: Recipe, group: WidthGroup, removal: Removal, most: int, replay: Replay
+) -> Tensor:
     layer = pruner.layer(stage, group, recipe.affine) if recipe.compensate else None
     counts = sorted({max(1, round(share * most)) for share in _SHARES} | {most}) if most else []
     own, measured = [], []
     for count in counts:
         width = pruner.width(stage, group, recipe, removal, count, layer)
         own.append(max(float(removal.errors[count]), 1e-20))
-        measured.append(max(output_error(pruner.probe, steps_to_probe(stage), [(group, width)]), 1e-20))
+        measured.append(max(output_error(pruner.probe, steps_to_probe(stage), group, width, replay), 1e-20))
     return interpolated(removal.errors, own, measured)
 
 
@@ -191,4 +208,4 @@ def _drift_per_error(
     networks = [slim(dense, pruner.groups, widths) if s == stage else dense for s in stages]
     one = StagedDenoiser(pruner.dense, networks, [s.steps for s in stages])
     error = sum(float(curve[count]) for curve, count in zip(curves, counts, strict=True))
-    return pruner.probe.drift(one) / max(error, 1e-30)
+    return pruner.probe.drift(one, stage.first) / max(error, 1e-30)

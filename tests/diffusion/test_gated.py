@@ -207,6 +207,19 @@ def test_only_what_the_closure_says_computes() -> None:
 
 
 @pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_copies_follow_the_network_to_another_device_and_type(make: Any, granularity: str, mode: Any) -> None:
+    """The device is known only after a module was built; moving replaces buffers, such as DiT's positions."""
+    dense = make()
+    unroll = Unroll(dense, granularity, mode, PROCESS, SAMPLER)
+    pruned = gated(dense, schedule(dense, granularity, mode, 0.5), PROCESS)
+    copies = (unroll.denoiser, pruned)
+    dense.double()
+    assert {t.dtype for copy in copies for t in (*copy.parameters(), *copy.buffers())} == {torch.float64}
+    dense.to("meta")
+    assert {t.device.type for copy in copies for t in (*copy.parameters(), *copy.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
 def test_counted_macs_are_those_of_the_costs(make: Any, granularity: str, mode: Any) -> None:
     dense = make()
     chosen = schedule(dense, granularity, mode, 0.5)

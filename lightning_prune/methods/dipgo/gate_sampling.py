@@ -169,7 +169,8 @@ def published_gates(scores: Tensor, graph: BlockGraph, costs: BlockCosts, cascad
     keep = torch.sigmoid(scores)
     hard = (scores > 0).to(scores.dtype)
     pairs = torch.stack([straight_through(1 - keep, 1 - hard), straight_through(keep, hard)], dim=-1)
-    closed = torch.stack([released_closure(row, graph) for row in pairs])[..., 1]
+    # On the CPU: many steps on few numbers, each of which a device would be waited for.
+    closed = torch.stack([released_closure(row, graph) for row in pairs.cpu()])[..., 1].to(scores.device)
     gamma = scores.new_tensor(costs.cascade_shares(graph) if cascades else [1.0] * len(graph))
     return DrawnGates(
         run=closed,

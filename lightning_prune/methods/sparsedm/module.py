@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -33,6 +34,7 @@ from lightning_prune.module import Batch, LrSchedule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import MaskSet, select_units
+from lightning_prune.seeds import derive
 from lightning_prune.sharding import ZeRO
 
 
@@ -225,8 +227,9 @@ class SparseDM(Calibrated):
         self.masks.set_sparsity(None)
         dense = self.denoise(x_t, t, cond)
         total, values = sparsedm_loss(dense, target, teacher, self.noise_weight, self.distill_weight, sampled)
-        drawn = int(torch.randint(len(self.also), (1,), generator=generator, device=generator.device))
-        for pattern in (self.also[drawn], self._now):
+        # From the step's seed, not its generator: a number drawn on the device would be waited for.
+        chance = random.Random(derive(generator.initial_seed(), 6))
+        for pattern in (chance.choice(self.also), self._now):
             self.masks.set_sparsity(pattern)
             student = self.denoise(x_t, t, cond)
             strength = self.distill_weight or 1.0

@@ -21,8 +21,8 @@ _SCAFFOLD = (
 _LONGEST = 400
 _OUT_OF_MEMORY = (
     "out of memory on the device: lower data.batch_size (trainer.accumulate_grad_batches makes up for it), or set "
-    "trainer.precision: bf16-mixed; for DiP-GO also model.checkpoint_blocks: true, and while sampling the batch_size of "
-    "the callback that draws"
+    "trainer.precision: bf16-mixed; for DiP-GO also model.checkpoint_blocks: true, and while sampling the batch_size "
+    "of the callback that draws"
 )
 
 

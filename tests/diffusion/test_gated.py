@@ -269,6 +269,16 @@ def test_whole_step_reuse_under_ddim_is_ddim_on_the_kept_steps(prediction: Any) 
     assert float((ours - integrate(predictor, process, noise, cond, plain)).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+def test_a_skipped_step_in_half_precision_is_finite_and_of_the_type_it_was_given(reuse: Any) -> None:
+    process = Process("linear", "v")
+    skipped, x = SkippedStep(process, reuse), torch.full((2, 1, 4, 4), 0.5, dtype=torch.bfloat16)
+    memory = skipped.remember(None, 0.1 * x, x, torch.tensor([0, 900]))
+    found = skipped.predict(memory, x, torch.tensor([0, 800]))
+    assert found.dtype == torch.bfloat16
+    assert torch.isfinite(found).all()
+
+
 def test_skipping_all_but_the_first_step_holds_the_noise() -> None:
     process = Process("linear", "epsilon", clip_sample=False)
     dense = tiny_unet()

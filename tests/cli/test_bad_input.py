@@ -49,6 +49,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], root: Path
         (["--model.init_args.seed=-1"], "-1"),
         (["--trainer.accelerator=gpu"], "gpu"),
         (["--data.init_args.batch_size=0"], "batch_size"),
+        (["--trainer.precision=bf16-true"], "trainer.precision: bf16-true"),
+        (["--trainer.precision=16-true"], "write 16-mixed"),
         (["--config=/no/such.yaml"], "/no/such.yaml"),
     ],
 )

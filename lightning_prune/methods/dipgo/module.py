@@ -93,6 +93,7 @@ class DiPGO(PruningModule):
     """
 
     whole_for = "to call its blocks one by one, and trains scores alone"
+    takes_half = True
 
     def __init__(
         self,

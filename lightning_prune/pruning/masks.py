@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from copy import deepcopy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,6 +24,8 @@ from torch.nn import functional as F
 from lightning_prune.protocols import InputError, PrunableUnit, Sparsity
 from lightning_prune.pruning.nm import nm_mask, to_groups
 from lightning_prune.pruning.shards import full, in_pieces, local, shape
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -370,6 +373,26 @@ def effective_state(network: nn.Module) -> dict[str, Tensor]:
     """State dict of `network` with every masked weight as the network computes with it: zeros written out."""
     masked = {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(network).items()}
     return {name: masked.get(name, tensor).detach().clone() for name, tensor in network.state_dict().items()}
+
+
+@torch.no_grad()
+def baked(network: Network) -> Network:
+    """A copy whose weights hold their zeros and whose layers are plain, without gradients.
+
+    Tensors that no mask changes are the network's own, so of a network without masks nothing is copied.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    for layer in network.modules():
+        if isinstance(layer, MaskedLayer) and layer.sparsity is not None:
+            memo[id(layer.weight)] = nn.Parameter(layer.effective_weight().detach(), requires_grad=False)
+            # What masks are derived from stays behind.
+            memo |= {id(layer._mask): None, id(layer._scores): None, id(layer._scale): None, id(layer._frozen): {}}
+    copy = deepcopy(network, memo)
+    for layer in copy.modules():
+        if isinstance(layer, MaskedLayer):
+            layer.set_sparsity(None)
+    return copy
 
 
 def _convert(network: nn.Module, unit: PrunableUnit) -> MaskedLayer:

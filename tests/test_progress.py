@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.callbacks import progress
 from lightning_prune.callbacks.progress import StepProgress
 from tests.factories import fit, tiny_sparsedm
 
@@ -42,7 +41,7 @@ def test_values_are_read_by_time_and_are_exact_at_the_end(
         now += seconds
         return now
 
-    monkeypatch.setattr(progress.time, "monotonic", clock)
+    monkeypatch.setattr("lightning_prune.callbacks.progress.time.monotonic", clock)
     bar = Read()
     fit(tiny_sparsedm(distill_weight=0), tmp_path, max_steps=5, callbacks=[bar], enable_progress_bar=True)
     assert (bar.readings, bar.done) == (readings, 5)

@@ -96,7 +96,7 @@ def test_a_trajectory_copies_nothing_to_the_device_step_by_step() -> None:
         noise, cond = torch.empty(2, 1, 4, 4, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
         with Traffic() as traffic:
             integrate(lambda x, t, cond: torch.zeros_like(x), process, noise, cond, Sampler(steps=steps))
-        return traffic.copies
+        return int(traffic.copies)
 
     assert copies(9) == copies(3) == 3  # timesteps for the network and for the solver, and the noise schedule
 

@@ -148,9 +148,12 @@ def test_the_reported_networks(tmp_path: Path) -> None:
 
 def test_rows_share_weights_and_are_made_when_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     module, made = tiny_sparsedm(also=["3:4"]), []
-    monkeypatch.setattr(
-        "lightning_prune.methods.sparsedm.module.MaskSet", lambda *given: made.append(given) or MaskSet(*given)
-    )
+
+    def masked(*given: Any) -> MaskSet:
+        made.append(given)
+        return MaskSet(*given)
+
+    monkeypatch.setattr("lightning_prune.methods.sparsedm.module.MaskSet", masked)
     variants = module.variants()
     names = ["dense", "one-shot 2:4", "sparsedm at dense", "sparsedm at 3:4", "sparsedm 2:4"]
     assert list(variants) == names
@@ -169,7 +172,8 @@ def test_half_precision_predicts_images_of_single_precision(tmp_path: Path) -> N
         settings: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "limit_predict_batches": 1}
         trainer = pl.Trainer(accelerator="cpu", precision=precision, default_root_dir=tmp_path, **settings)
         data = EmbeddedFashion(batch_size=2, validation_samples=16)
-        ((_, images),) = trainer.predict(tiny_sparsedm(), datamodule=data)
+        found: Any = trainer.predict(tiny_sparsedm(), datamodule=data)
+        images: torch.Tensor = found[0][1]
         return images
 
     half, single = predicted("bf16-true"), predicted("32-true")

@@ -83,9 +83,14 @@ def test_the_published_closure_reads_no_gate_one_by_one() -> None:
 def test_costs_are_brought_to_the_device_once_and_serve_training_after_validation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    graph, made = tiny_dit().blocks("block"), []
-    costs, tensor = BlockCosts((3, 31), shell=17), torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda *a, **k: made.append(a) or tensor(*a, **k))
+    graph, costs = tiny_dit().blocks("block"), BlockCosts((3, 31), shell=17)
+    made, tensor = [], torch.tensor
+
+    def counted(*given: Any, **settings: Any) -> torch.Tensor:
+        made.append(given)
+        return tensor(*given, **settings)
+
+    monkeypatch.setattr(torch, "tensor", counted)
     with torch.inference_mode():
         expected_cost(torch.rand(5, 2), graph, costs)
     run = torch.rand(5, 2, requires_grad=True)

@@ -124,8 +124,9 @@ def price_of_cost(
     scores: Tensor, budgets: Tensor, prices: Tensor, graph: BlockGraph, costs: BlockCosts, temperature: float
 ) -> Tensor:
     """tau [B] of `threshold` without a gradient, by bisection."""
-    reach = float(scores.abs().max()) / float(prices.min().clamp(min=1e-3)) + 40 * temperature
-    low, high = torch.full_like(budgets, -reach), torch.full_like(budgets, reach)
+    reach = scores.abs().max().double() / prices.min().clamp(min=1e-3).double() + 40 * temperature
+    high = reach.to(budgets).expand_as(budgets)
+    low = -high
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
         gates = torch.sigmoid(logits(scores, middle, prices, temperature))

@@ -128,9 +128,13 @@ class EfficiencyReport(Callback):
         variants = self._variants(source, pl_module.device)
         if self.fewer_steps:
             variants = with_fewer_steps(variants, source.process, self.settings.sampler)
-        found = costs(variants, source.process, self.settings.sampler)
         *rest, result = variants
-        variants = {name: variants[name] for name in [*filter(self._reported, rest), result]}
+        reported = {name: variants[name] for name in [*filter(self._reported, rest), result]}
+        # Relative to the first network, reported or not; the others are not even made.
+        found = costs(
+            {rest[0]: variants[rest[0]], **reported} if rest else reported, source.process, self.settings.sampler
+        )
+        variants = reported
         self.evaluator.to(pl_module.device)
         with torch.random.fork_rng(devices=[]):
             self.scores = self._scored(trainer, source, variants)
@@ -154,8 +158,10 @@ class EfficiencyReport(Callback):
         return self.rows is None or name in self.rows
 
     def _variants(self, source: VariantSource, device: torch.device) -> dict[str, Variant]:
-        networks = source.variants() | {name: Variant(network.to(device)) for name, network in self._others.items()}
-        return {name: networks[name] for name in self._names(source)}
+        networks = source.variants()  # once: networks may be copies, or gathered from all processes
+        *rest, result = networks
+        others = {name: Variant(network.to(device)) for name, network in self._others.items()}
+        return {**{name: networks[name] for name in rest}, **others, result: networks[result]}
 
     def _scored(self, trainer: pl.Trainer, source: VariantSource, variants: Mapping[str, Variant]) -> dict[str, Score]:
         settings, world = self.settings, trainer.world_size

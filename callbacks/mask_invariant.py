@@ -25,6 +25,12 @@ class MaskInvariant(Callback):
         self.stop = stop
         self._total = 0
 
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self._total}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._total = state_dict["total"]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require(pl_module, SparsityControl, self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 
 SHOWN = ("loss", "sparsity", "val_loss", "fd_fashion")
+_SECONDS = 0.5  # between two readings of values, each of which waits for the device
 
 
 def steps_done(trainer: pl.Trainer) -> int:
@@ -38,6 +40,7 @@ class StepProgress(ProgressBar):
         self._enabled = True
         self._progress: Progress | None = None
         self._training: TaskID | None = None
+        self._read_at = float("-inf")
 
     def disable(self) -> None:
         self._enabled = False
@@ -64,7 +67,7 @@ class StepProgress(ProgressBar):
     def _stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        self._progress, self._training = None, None
+        self._progress, self._training, self._read_at = None, None, float("-inf")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if progress := self._start():
@@ -77,11 +80,23 @@ class StepProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._progress is not None and self._training is not None:
+            self._progress.update(self._training, completed=steps_done(trainer))
+            if time.monotonic() - self._read_at >= _SECONDS:
+                self._show_values(trainer)
+
+    def _show_values(self, trainer: pl.Trainer) -> None:
+        if self._progress is not None and self._training is not None:
             metrics = trainer.progress_bar_metrics
             values = "  ".join(f"{k} {float(metrics[k]):.3g}" for k in SHOWN if k in metrics)
-            self._progress.update(self._training, completed=steps_done(trainer), values=values)
+            self._progress.update(self._training, values=values)
+            self._read_at = time.monotonic()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The line stands still for as long as the pass takes.
+        self._show_values(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._show_values(trainer)
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

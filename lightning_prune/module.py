@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -28,7 +28,15 @@ from lightning_prune.protocols import InputError, Plan, ResultHook, TaskBar
 from lightning_prune.pruning.frozen import Frozen, Shared
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.seeds import derive, run_seed
-from lightning_prune.sharding import FSDP2, ShardedAverage, ZeRO, check_optimizer, check_strategy
+from lightning_prune.sharding import (
+    FSDP2,
+    ShardedAverage,
+    WeightAverage,
+    ZeRO,
+    check_optimizer,
+    check_precision,
+    check_strategy,
+)
 from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
 Batch = Mapping[str, Any]
@@ -68,6 +76,8 @@ class PruningModule(pl.LightningModule):
     """What the method needs its network in one piece for; None if processes may share it (FSDP2, DeepSpeed)."""
     predict_sampler: Sampler | None = None
     """What `predict` draws by; None is 20 steps of DDIM, or of Euler for a flow."""
+    takes_half: ClassVar[bool] = False
+    """Whether it trains and evaluates on a network of half precision; all sample from one."""
 
     def __init__(
         self,
@@ -177,13 +187,15 @@ class PruningModule(pl.LightningModule):
         fitting, strategy = self.trainer.state.fn == TrainerFn.FITTING, self.trainer.strategy
         precision = str(self.trainer.precision)
         check_strategy(strategy, type(self).__name__, self.whole_for, self.compile_training, fitting, precision)
+        if not self.takes_half and self.trainer.state.fn != TrainerFn.PREDICTING:
+            check_precision(precision)
         # Added behind the user's callbacks: those that evaluate at the end of a validation epoch run before this
         # one swaps the averaged weights out again. Masks are derived from weights, so buffers are not averaged.
         if self.ema_decay is None or not fitting:
             return []
         if isinstance(strategy, (FSDP2, ZeRO)):
             return [ShardedAverage(self.ema_decay)]
-        return [EMAWeightAveraging(use_buffers=False, decay=self.ema_decay)]
+        return [WeightAverage(self.ema_decay)]
 
     # Sharding
 

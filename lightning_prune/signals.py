@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-REQUEUE = signal.SIGUSR1
+# Windows has no SIGUSR1, and no SLURM that would send it.
+REQUEUE: signal.Signals = getattr(signal, "SIGUSR1", signal.SIGTERM)
 """Time is nearly up: stop and be started again."""
 STOP = signal.SIGTERM
 """Cancelled or preempted: stop; whoever sent it decides about another start."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from signal import SIGTERM, SIGUSR1, Signals, getsignal, raise_signal
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lightning_prune import signals
 from lightning_prune.callbacks import DistanceEvaluation, LastCheckpoint, MaskInvariant, SparsityRamp, StopOnSignal
 from lightning_prune.cli import main
 from lightning_prune.cli.errors import one_line_errors
@@ -122,6 +124,18 @@ def test_the_status_is_that_of_the_signal(capsys: pytest.CaptureFixture[str]) ->
 
     assert one_line_errors(stop, debug=False) == 143
     assert capsys.readouterr().err == "lightning_prune: stopped by SIGTERM at step 3\n"
+
+
+def test_without_sigusr1_as_on_windows_runs_stop_on_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("signal.SIGUSR1")
+    spec = spec_from_file_location("signals_of_windows", signals.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    found = module_from_spec(spec)
+    spec.loader.exec_module(found)  # beside the module that is in use
+    with found.listening():
+        raise_signal(SIGTERM)
+        assert found.received() == found.STOP == SIGTERM
 
 
 def test_a_stopped_run_writes_no_report_and_a_job_goes_on_in_its_folder(

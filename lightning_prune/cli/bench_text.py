@@ -68,7 +68,7 @@ def notes(result: Result) -> str:
             "with zeros"
         )
     machine = result["machine"]
-    if machine["load_average"] > machine["cores"] / 2:
+    if (machine["load_average"] or 0) > machine["cores"] / 2:
         lines.append(
             f"* the machine was busy before this began (load average {machine['load_average']:.2f}, {machine['cores']} "
             "cores): measure again on an idle one before relying on it"
@@ -81,7 +81,8 @@ def notes(result: Result) -> str:
 def _machine(machine: Result) -> str:
     host = f"{machine['cpu']}, {machine['cores']} cores, torch threads {machine['threads']}"
     name = f"{machine['gpu']} (CUDA {machine['cuda']}; {host})" if machine["gpu"] else host
-    return f"{name}, load average before {machine['load_average']:.2f}"
+    load = machine["load_average"]
+    return name if load is None else f"{name}, load average before {load:.2f}"
 
 
 def _milliseconds(row: Result) -> str:

@@ -8,6 +8,7 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Callable
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_prune.protocols import GateNotMet, InputError
@@ -18,6 +19,11 @@ _SCAFFOLD = (
     r"Does not validate against|Expected a <class 'NoneType'>|Expected a path but"
 )
 _LONGEST = 400
+_OUT_OF_MEMORY = (
+    "out of memory on the device: lower data.batch_size (trainer.accumulate_grad_batches makes up for it), or set "
+    "trainer.precision: bf16-mixed; for DiP-GO also model.checkpoint_blocks: true, and while sampling the batch_size "
+    "of the callback that draws"
+)
 
 
 def one_line_errors(action: Callable[[], int], debug: bool) -> int:
@@ -43,9 +49,9 @@ def one_line_errors(action: Callable[[], int], debug: bool) -> int:
 
 
 def input_error_behind(error: BaseException | None) -> BaseException | None:
-    """The InputError an exception was raised from, if there is one."""
+    """What the user can mend that an exception was raised from, if there is such: input, or a batch too large."""
     while error is not None:
-        if isinstance(error, InputError | ArgumentError | MisconfigurationException):
+        if isinstance(error, InputError | ArgumentError | MisconfigurationException | torch.OutOfMemoryError):
             return error
         error = error.__cause__ or error.__context__
     return None
@@ -58,7 +64,15 @@ def summary(error: BaseException) -> str:
         inner = inner.__cause__ or inner.__context__
     if inner is not None:
         return " ".join(str(inner).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{_OUT_OF_MEMORY} ({_amount(str(error))})"
     return parser_summary(str(error.message) if isinstance(error, ArgumentError) else str(error))
+
+
+def _amount(message: str) -> str:
+    """What torch could not allocate, without its page on the state of the allocator."""
+    found = re.search(r"Tried to allocate [\d.]+ \w+", message)
+    return found.group() if found else message.split(". ")[0]
 
 
 def parser_summary(message: str) -> str:

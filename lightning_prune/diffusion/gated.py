@@ -52,16 +52,16 @@ class SkippedStep:
         return store(self.reuse, slot, self._read(prediction, x, t), self.clock(t), gate)
 
     def predict(self, slot: Slot, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction at a later `x`, `t`."""
+        """The prediction at a later `x`, `t`, in the type of `x`."""
         stored = read(slot, self.clock(t))
         if self.process is None:
             prediction: Tensor = stored[0]
             return prediction
         x0: Tensor = stored[0]
         if self.reuse == "last":
-            return self.process.target(x0, stored[1], t)
+            return self.process.target(x0, stored[1], t).to(x.dtype)
         x0 = x0.clamp(-1, 1) if self.process.clip_sample else x0
-        return self.process.target(x0, self.process.noise_in(x, x0, t), t)
+        return self.process.target(x0, self.process.noise_in(x, x0, t), t).to(x.dtype)
 
     def _read(self, prediction: Tensor, x: Tensor, t: Tensor) -> Value:
         if self.process is None:

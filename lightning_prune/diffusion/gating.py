@@ -127,8 +127,11 @@ def remove(network: nn.Module) -> None:
 
 
 def sharing_copy(network: Network) -> Network:
-    """A copy with modules of its own and the very same parameters and buffers."""
-    return deepcopy(network, {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]})
+    """A copy with modules of its own and the very same parameters and buffers, wherever these are moved later."""
+    # Moving a module replaces its buffers, and on some devices its parameters, in the tables that hold them.
+    tables = [table for module in network.modules() for table in (module._parameters, module._buffers)]
+    tensors = [*network.parameters(), *network.buffers()]
+    return deepcopy(network, {id(shared): shared for shared in (*tables, *tensors)})
 
 
 @cache

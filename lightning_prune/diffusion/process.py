@@ -10,6 +10,7 @@ a_t = 1 - s_t (Lipman et al. 2023; Esser et al. 2024), and its `t` is 1000 s_t, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -65,6 +66,7 @@ class Process:
         self.clip_sample = clip_sample
         self.shift = shift
         self.is_flow = schedule == "flow"
+        self._elsewhere: dict[tuple[str, torch.device], Tensor] = {}
         self.scheduler_config: dict[str, Any]
         if self.is_flow:
             self.scheduler_config = {"num_train_timesteps": timesteps, "shift": shift, "clip_sample": clip_sample}
@@ -115,6 +117,11 @@ class Process:
             raise InputError("process.schedule: the flow process has no cumulative alphas")
         return self._alphas_cumprod
 
+    @cached_property
+    def _grid(self) -> Tensor:
+        with torch.inference_mode(False):
+            return self.grid()
+
     def grid(self) -> Tensor:
         """Every training timestep [timesteps], from clean to noisy, as the network sees it."""
         if not self.is_flow:
@@ -124,18 +131,30 @@ class Process:
         return (self.timesteps * shifted).float()
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (a_t, s_t) for `t` [B], shaped to broadcast against `like` [B, ...]."""
-        shape = (-1, *[1] * (like.ndim - 1))
+        """Return (a_t, s_t) for `t` [B], shaped to broadcast against `like` [B, ...].
+
+        They have single precision at least: in half a signal of 0.9999 is 1, and there would be no noise to divide by.
+        """
+        shape, dtype = (-1, *[1] * (like.ndim - 1)), torch.promote_types(like.dtype, torch.float32)
         if self.is_flow:
-            level = t.to(like.device, like.dtype) / self.timesteps
+            level = t.to(like.device, dtype) / self.timesteps
             return (1 - level).view(shape), level.view(shape)
-        abar = self.alphas_cumprod.to(like.device)[t.long()].to(like.dtype)
+        abar = self._on("alphas", self.alphas_cumprod, like.device)[t.long()].to(dtype)
         return abar.sqrt().view(shape), (1 - abar).sqrt().view(shape)
 
+    def _on(self, name: str, own: Tensor, device: torch.device) -> Tensor:
+        """A tensor of the process on `device`, copied there once: every copy makes the device wait."""
+        if own.device == device:
+            return own
+        if (name, device) not in self._elsewhere:
+            with torch.inference_mode(False):  # what is copied for a validation pass serves training, too
+                self._elsewhere[name, device] = own.to(device)
+        return self._elsewhere[name, device]
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t for clean `x0` [B, ...], `noise` of the same shape and `t` [B]."""
+        """x_t for clean `x0` [B, ...], `noise` of the same shape and `t` [B]; in the type of `x0`."""
         signal, sigma = self.coefficients(t, x0)
-        return signal * x0 + sigma * noise
+        return (signal * x0 + sigma * noise).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should output at x_t."""
@@ -185,10 +204,10 @@ class Process:
         """
         if self.is_flow:
             return -t.float() / self.timesteps
-        abar = self.alphas_cumprod.to(t.device)[t.long()]
+        abar = self._on("alphas", self.alphas_cumprod, t.device)[t.long()]
         return ((abar / (1 - abar)).log() / 2).clamp(-_FAR, _FAR)
 
     def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
         """Timesteps [batch], uniform over the training grid, on the generator's device."""
         index = torch.randint(0, self.timesteps, (batch,), generator=generator, device=generator.device)
-        return self.grid().to(index.device)[index] if self.is_flow else index
+        return self._on("grid", self._grid, index.device)[index] if self.is_flow else index

@@ -26,8 +26,12 @@ Guide = Callable[[Tensor, Tensor, float], Tensor]
 
 def initial_noise(ids: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Standard normal noise [len(ids), *shape] on the CPU; row i depends on (seed, ids[i]) alone."""
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(derive(seed, int(i)))) for i in ids.tolist()]
-    return torch.stack(rows)
+
+    def row(i: int) -> Tensor:
+        # In single precision whatever the default is, which a trainer of half precision changes.
+        return torch.randn(shape, generator=torch.Generator().manual_seed(derive(seed, i)), dtype=torch.float32)
+
+    return torch.stack([row(i) for i in ids.tolist()])
 
 
 def guided(
@@ -69,11 +73,12 @@ def trajectory(
     """
     solver = make_solver(sampler, process)
     x = noise * solver.init_noise_sigma
+    visited = solver.timesteps.to(x.device)  # all at once: every copy makes the device wait
     for index, t in enumerate(solver.timesteps):
         if on_step is not None:
             on_step(index)
         seen = solver.scale_model_input(x, t)
-        times = t.to(x.device).expand(len(x))
+        times = visited[index].expand(len(x))
         output = predict(seen, times if process.is_flow else times.long(), cond)
         if process.clip_sample:
             output = process.target(*process.x0_and_noise(output, seen, times), times)
@@ -111,7 +116,18 @@ def sample_images(
     denoiser.eval()
     try:
         noise = initial_noise(ids, denoiser.sample_shape, seed).to(device)
-        predict = guided(denoiser, denoiser.null_condition, sampler.guidance, denoiser.guide)
+        predict = guided(_in_own_type(denoiser), denoiser.null_condition, sampler.guidance, denoiser.guide)
         return integrate(predict, process, noise, move(cond, device), sampler, enter)
     finally:
         denoiser.train(was_training)
+
+
+def _in_own_type(denoiser: Denoiser) -> Predict:
+    """A network of any precision behind images of single precision, which rounding at every step would wear out."""
+    dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())
+
+    def predict(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        prediction: Tensor = denoiser(x.to(dtype), t, cond)
+        return prediction.to(x.dtype)
+
+    return predict

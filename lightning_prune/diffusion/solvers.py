@@ -130,7 +130,8 @@ class DDIM:
         listed = sampler.timesteps
         self.process = process
         self.timesteps = torch.tensor(listed) if listed else _spaced(sampler.steps, sampler.spacing, process.timesteps)
-        self._next = dict(zip(self.timesteps.tolist(), [*self.timesteps.tolist()[1:], None], strict=True))
+        self._position = {t: position for position, t in enumerate(self.timesteps.tolist())}
+        self._visited = self.timesteps  # on the device of the images, once there are any
 
     def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
         """As it is: the process preserves variance."""
@@ -138,9 +139,12 @@ class DDIM:
 
     def step(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
         """x at the next timestep [B, ...] from the prediction at `t` (a scalar)."""
-        x0, noise = self.process.x0_and_noise(output, x, t.view(1))
-        following = self._next[int(t)]
-        return x0 if following is None else self.process.add_noise(x0, noise, torch.tensor([following]))
+        if self._visited.device != x.device:
+            self._visited = self.timesteps.to(x.device)
+        position = self._position[int(t)]
+        now, following = self._visited[position : position + 1], self._visited[position + 1 : position + 2]
+        x0, noise = self.process.x0_and_noise(output, x, now)
+        return x0 if not len(following) else self.process.add_noise(x0, noise, following)
 
 
 @lru_cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +25,7 @@ from lightning_prune.metrics.machine import versions
 from lightning_prune.metrics.macs import weight_statistics
 from lightning_prune.metrics.trajectory import TrajectoryCost, trajectory_cost
 from lightning_prune.protocols import InputError
-from lightning_prune.pruning.masks import MaskedLayer, effective_state
+from lightning_prune.pruning.masks import baked
 
 SCHEMA = 1
 
@@ -75,13 +74,8 @@ def _cost(variant: Variant, trajectory: TrajectoryCost, dense: Fraction) -> Cost
 
 
 def baked_copy(denoiser: Denoiser) -> Denoiser:
-    """A copy whose weights hold their zeros and whose layers are plain, as an artefact loads it."""
-    copy = deepcopy(denoiser)
-    copy.network.load_state_dict(effective_state(denoiser.network))
-    for layer in copy.modules():
-        if isinstance(layer, MaskedLayer):
-            layer.set_sparsity(None)
-    return copy.requires_grad_(False)
+    """A copy whose weights hold their zeros and whose layers are plain, as an artefact loads it; see `baked`."""
+    return baked(denoiser)
 
 
 def seconds_per_image(
@@ -89,7 +83,8 @@ def seconds_per_image(
 ) -> dict[str, float]:
     """Median seconds an image of each network, all in one interleaved measurement on baked weights.
 
-    As many `images` as `cond` has conditions are drawn at once.
+    As many `images` as `cond` has conditions are drawn at once. Arms take turns, so all are held together; what no mask
+    changes they share with the networks.
     """
     ids = torch.arange(images)
 

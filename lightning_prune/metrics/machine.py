@@ -18,14 +18,15 @@ _CPU_FILE = Path("/proc/cpuinfo")
 def machine(device: torch.device) -> dict[str, Any]:
     """The processor, the cores and threads used, and the GPU if `device` is one.
 
-    `load_average` is that of the last minute: what else was running, if it is asked for before any work.
+    `load_average` is that of the last minute: what else was running, if it is asked for before any work. It is None
+    where the system keeps none.
     """
     return {
         "system": platform.platform(),
         "cpu": cpu_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
+        "load_average": load_average(),
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
@@ -38,6 +39,11 @@ def cpu_name() -> str:
     lines = _CPU_FILE.read_text().splitlines() if _CPU_FILE.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def load_average() -> float | None:
+    """Processes that ran or waited to, on average over the last minute; Windows does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def usable_cores() -> int:

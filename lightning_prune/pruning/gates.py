@@ -5,6 +5,8 @@ Shapes: gates [..., N], one for each block in running order; leading dimensions 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -42,8 +44,15 @@ def expected_cost(run: Tensor, graph: BlockGraph, costs: BlockCosts) -> Tensor:
 
     No product is counted twice, so it is 1 where everything runs.
     """
-    shares = torch.tensor(costs.blocks, dtype=run.dtype, device=run.device) / costs.dense
+    shares = _shares(costs, run.dtype, run.device)
     return (run * shares).sum(dim=-1) + any_runs(run, graph) * (costs.shell / costs.dense)
+
+
+@lru_cache
+def _shares(costs: BlockCosts, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Share of every block [N] in a call, brought to the device once: a search asks many times a step."""
+    with torch.inference_mode(False):  # what is made for a validation pass serves training, too
+        return torch.tensor(costs.blocks, dtype=dtype, device=device) / costs.dense
 
 
 def any_runs(run: Tensor, graph: BlockGraph) -> Tensor:
@@ -62,10 +71,13 @@ def released_closure(gates: Tensor, graph: BlockGraph) -> Tensor:
     """
     consumers = graph.consumers()
     closed = list(gates.unbind(0))
+    # Read once: which gates skip follows from their values alone.
+    skips = [skip == 1 for skip, _ in gates.detach().tolist()]
     for position in reversed(range(len(graph))):
         readers = consumers[position]
-        if -1 in readers or any(closed[c][0] != 1 for c in readers):
+        if -1 in readers or not all(skips[c] for c in readers):
             continue
         reader, own = closed[readers[-1]], closed[position]
-        closed[position] = own * reader if own[0] == 1 else own * reader + reader
+        closed[position] = own * reader if skips[position] else own * reader + reader
+        skips[position] = True
     return torch.stack(closed)

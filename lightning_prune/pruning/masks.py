@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from copy import deepcopy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,6 +24,8 @@ from torch.nn import functional as F
 from lightning_prune.protocols import InputError, PrunableUnit, Sparsity
 from lightning_prune.pruning.nm import nm_mask, to_groups
 from lightning_prune.pruning.shards import full, in_pieces, local, shape
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -107,11 +110,19 @@ class MaskedLayer(nn.Module):
         """The boolean mask that a pattern has now: frozen, or from the scores, or else from scaled magnitudes."""
         weight = local(self.weight) if weight is None else weight
         if sparsity in self._frozen:
-            return self._frozen[sparsity].to(weight.device)
-        return nm_mask(self._scaled(weight) if self._scores is None else self._scores.to(weight.device), sparsity)
+            self._frozen[sparsity] = self._frozen[sparsity].to(weight.device)
+            return self._frozen[sparsity]
+        if self._scores is None:
+            return nm_mask(self._scaled(weight), sparsity)
+        self._scores = self._scores.to(weight.device)
+        return nm_mask(self._scores, sparsity)
 
     def _scaled(self, weight: Tensor) -> Tensor:
-        return weight if self._scale is None else weight.detach() * self._scale.to(weight.device)
+        if self._scale is None:
+            return weight
+        # Kept where the weight is: a copy at every refresh would make the device wait.
+        self._scale = self._scale.to(weight.device)
+        return weight.detach() * self._scale
 
     def effective_weight(self) -> Tensor:
         """The weight this layer computes with.
@@ -281,9 +292,11 @@ class MaskSet:
             layer = self.layers[name]
             assert layer.sparsity is not None
             derived = layer.derived_mask(layer.sparsity)
-            if derived.shape == mask.shape:  # a network that was spread just now still has its whole masks
-                found[name] = (derived != mask.bool()).float().mean().item()
-        return found
+            # A network that was spread or moved just now still has the masks it had before.
+            if derived.shape == mask.shape:
+                found[name] = (derived != mask.to(derived.device).bool()).float().mean()
+        rates = torch.stack(list(found.values())).tolist() if found else []
+        return dict(zip(found, rates, strict=True))
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -295,7 +308,7 @@ class MaskSet:
     @torch.no_grad()
     def density_by_layer(self) -> dict[str, float]:
         """Fraction of non-zero effective weights by layer; all processes call it together."""
-        counts = torch.tensor([int((layer.effective_weight() != 0).sum()) for layer in self.layers.values()])
+        counts = torch.stack([(layer.effective_weight() != 0).sum() for layer in self.layers.values()])
         totals = self._over_shards(counts).tolist()
         return {
             n: total / shape(layer.weight).numel()
@@ -309,8 +322,9 @@ class MaskSet:
         With `compare`, groups whose mask is not that of the present weight count too: masks of other weights.
         Under FSDP2 all processes call it together, and each gets the sum over all rows.
         """
-        found = sum(_violations(layer, compare) for layer in self.layers.values() if layer.sparsity is not None)
-        return int(self._over_shards(torch.tensor(found)))
+        found = [_violations(layer, compare) for layer in self.layers.values() if layer.sparsity is not None]
+        # Counted on the device, which is waited for once.
+        return int(self._over_shards(torch.stack(found).sum() if found else torch.tensor(0)))
 
     def _over_shards(self, counts: Tensor) -> Tensor:
         """Counts of this process' rows, summed over the processes that hold the others."""
@@ -361,6 +375,26 @@ def effective_state(network: nn.Module) -> dict[str, Tensor]:
     return {name: masked.get(name, tensor).detach().clone() for name, tensor in network.state_dict().items()}
 
 
+@torch.no_grad()
+def baked(network: Network) -> Network:
+    """A copy whose weights hold their zeros and whose layers are plain, without gradients.
+
+    Tensors that no mask changes are the network's own, so of a network without masks nothing is copied.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    for layer in network.modules():
+        if isinstance(layer, MaskedLayer) and layer.sparsity is not None:
+            memo[id(layer.weight)] = nn.Parameter(layer.effective_weight().detach(), requires_grad=False)
+            # What masks are derived from stays behind.
+            memo |= {id(layer._mask): None, id(layer._scores): None, id(layer._scale): None, id(layer._frozen): {}}
+    copy = deepcopy(network, memo)
+    for layer in copy.modules():
+        if isinstance(layer, MaskedLayer):
+            layer.set_sparsity(None)
+    return copy
+
+
 def _convert(network: nn.Module, unit: PrunableUnit) -> MaskedLayer:
     layer = network.get_submodule(unit.name)
     if isinstance(layer, MaskedLayer):
@@ -378,7 +412,7 @@ def _fitting(layer: MaskedLayer, sparsity: Sparsity | None) -> Sparsity | None:
     return None if sparsity is None or shape(layer.weight)[1] % sparsity.m else sparsity
 
 
-def _violations(layer: MaskedLayer, compare: bool) -> int:
+def _violations(layer: MaskedLayer, compare: bool) -> Tensor:
     sparsity = layer.sparsity
     assert sparsity is not None
     weight = layer.effective_weight()
@@ -389,4 +423,4 @@ def _violations(layer: MaskedLayer, compare: bool) -> int:
     if compare and layer.mask is not None:
         derived = layer.derived_mask(sparsity).to(mask.dtype)
         broken |= (to_groups(derived, sparsity.m) != to_groups(mask, sparsity.m)).any(dim=-1)
-    return int(broken.sum())
+    return broken.sum()

@@ -1,4 +1,4 @@
-"""The moving average of weights that are spread over processes."""
+"""Moving averages of weights: of whole networks, and of those that are spread over processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,70 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.pruning.shards import forget_whole, full, held
 from lightning_prune.sharding.zero import ZeRO
+
+_AT_ONCE = 64  # tensors that are averaged together; what that takes for a moment is the size of these
+
+
+class _Average(AveragedModel):
+    """torch's averaged copy, updated in few kernels and without waiting for the device, to the same bits."""
+
+    def __init__(self, module: nn.Module, device: torch.device, decay: float) -> None:
+        super().__init__(module, device=device, avg_fn=None, use_buffers=False)
+        self.decay = decay
+        self._is_first: bool | None = None
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """average <- decay * average + (1 - decay) * weight; the first time the weight itself."""
+        if self._is_first is None:
+            self._is_first = int(self.n_averaged) == 0  # the one wait: a checkpoint may have set it
+        averages, weights = list[Tensor](self.module.parameters()), list[Tensor](model.parameters())
+        for begin in range(0, len(averages), _AT_ONCE):
+            part = slice(begin, begin + _AT_ONCE)
+            _blend(averages[part], weights[part], 0.0 if self._is_first else self.decay)
+        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+        self.n_averaged += 1
+        self._is_first = False
+
+
+def _blend(averages: list[Tensor], weights: list[Tensor], decay: float) -> None:
+    if decay == 0:
+        torch._foreach_copy_(averages, weights)
+        return
+    # Rounded as the plain formula is; interpolating in place rounds otherwise.
+    added = torch._foreach_mul(weights, 1 - decay)
+    torch._foreach_mul_(averages, decay)
+    torch._foreach_add_(averages, added)
+
+
+class WeightAverage(EMAWeightAveraging):
+    """`EMAWeightAveraging` whose copy is where the network trains, with the same arithmetic and the same checkpoint.
+
+    Lightning's makes the copy before the network is moved, so on a GPU all weights would go to the CPU every step.
+
+    Args:
+        decay: decay of the moving average.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=False, decay=decay)
+        self.decay = decay
+
+    @property
+    def state_key(self) -> str:
+        """The one that Lightning's has in checkpoints."""
+        return EMAWeightAveraging.__qualname__
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._average_model = _Average(pl_module, trainer.strategy.root_device, self.decay)
 
 
 class _LocalAverage:

@@ -1,4 +1,4 @@
-"""Which strategies a method can be trained under: what cannot work is refused at the start, by name."""
+"""Which strategies and precisions a method can be trained under: what cannot work is refused at the start, by name."""
 
 from __future__ import annotations
 
@@ -42,4 +42,17 @@ def check_strategy(
         raise InputError(
             f"trainer.precision: {precision} under DeepSpeed rounds the weights themselves, which masks and averages "
             "are made of; write 32-true, or strategy fsdp2"
+        )
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that rounds the weights themselves, for methods that train or measure them.
+
+    Raises:
+        InputError: naming what to write instead.
+    """
+    if precision in ("bf16-true", "16-true"):
+        raise InputError(
+            f"trainer.precision: {precision} rounds the weights themselves, which masks, averages and statistics are "
+            f"made of; write {precision.removesuffix('-true')}-mixed (predict takes {precision})"
         )

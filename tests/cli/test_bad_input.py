@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 from lightning_prune.cli import main
+from lightning_prune.cli.errors import one_line_errors
 from lightning_prune.data import fashion
 from lightning_prune.export import save_artifact
 from tests.factories import tiny_dit
@@ -48,6 +49,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], root: Path
         (["--model.init_args.seed=-1"], "-1"),
         (["--trainer.accelerator=gpu"], "gpu"),
         (["--data.init_args.batch_size=0"], "batch_size"),
+        (["--trainer.precision=bf16-true"], "trainer.precision: bf16-true"),
+        (["--trainer.precision=16-true"], "write 16-mixed"),
         (["--config=/no/such.yaml"], "/no/such.yaml"),
     ],
 )
@@ -175,3 +178,21 @@ def test_a_reference_of_another_extractor(tmp_path: Path, capsys: pytest.Capture
     config["trainer"]["callbacks"] = [report]
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     assert "other.npz: 2048 dimensions" in refused([], capsys, tmp_path, tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_batch_too_large_for_the_device(wrapped: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def action() -> int:
+        page = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB of which ..."
+        try:
+            raise torch.OutOfMemoryError(page)
+        except torch.OutOfMemoryError as error:
+            if wrapped:
+                raise RuntimeError("a callback failed") from error
+            raise
+
+    assert one_line_errors(action, debug=False) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for named in ("data.batch_size", "trainer.precision", "Tried to allocate 2.50 GiB"):
+        assert named in line
+    assert "defect" not in line

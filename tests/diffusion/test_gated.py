@@ -207,6 +207,19 @@ def test_only_what_the_closure_says_computes() -> None:
 
 
 @pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_copies_follow_the_network_to_another_device_and_type(make: Any, granularity: str, mode: Any) -> None:
+    """The device is known only after a module was built; moving replaces buffers, such as DiT's positions."""
+    dense = make()
+    unroll = Unroll(dense, granularity, mode, PROCESS, SAMPLER)
+    pruned = gated(dense, schedule(dense, granularity, mode, 0.5), PROCESS)
+    copies = (unroll.denoiser, pruned)
+    dense.double()
+    assert {t.dtype for copy in copies for t in (*copy.parameters(), *copy.buffers())} == {torch.float64}
+    dense.to("meta")
+    assert {t.device.type for copy in copies for t in (*copy.parameters(), *copy.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
 def test_counted_macs_are_those_of_the_costs(make: Any, granularity: str, mode: Any) -> None:
     dense = make()
     chosen = schedule(dense, granularity, mode, 0.5)
@@ -254,6 +267,16 @@ def test_whole_step_reuse_under_ddim_is_ddim_on_the_kept_steps(prediction: Any) 
     ours = integrate(reusing, process, noise, cond, Sampler("ddim", 50, timesteps=full), enter)
     plain = Sampler("ddim", 10, timesteps=tuple(full[i] for i in KEPT))
     assert float((ours - integrate(predictor, process, noise, cond, plain)).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+def test_a_skipped_step_in_half_precision_is_finite_and_of_the_type_it_was_given(reuse: Any) -> None:
+    process = Process("linear", "v")
+    skipped, x = SkippedStep(process, reuse), torch.full((2, 1, 4, 4), 0.5, dtype=torch.bfloat16)
+    memory = skipped.remember(None, 0.1 * x, x, torch.tensor([0, 900]))
+    found = skipped.predict(memory, x, torch.tensor([0, 800]))
+    assert found.dtype == torch.bfloat16
+    assert torch.isfinite(found).all()
 
 
 def test_skipping_all_but_the_first_step_holds_the_noise() -> None:

@@ -5,9 +5,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.samplers import guided, initial_noise, integrate
+from lightning_prune.diffusion.samplers import guided, initial_noise, integrate, sample_images
 from lightning_prune.diffusion.solvers import Sampler, make_solver
 from lightning_prune.protocols import InputError
+from tests.backbones import BACKBONES, Backbone
+from tests.traffic import Traffic
 
 STEPS = 5
 
@@ -84,3 +86,61 @@ def test_noise_depends_on_the_id_alone() -> None:
 def test_more_steps_than_the_process_has_are_refused() -> None:
     with pytest.raises(InputError, match="1001 sampling steps"):
         make_solver(Sampler(steps=1001), Process())
+
+
+def test_a_trajectory_copies_nothing_to_the_device_step_by_step() -> None:
+    """The meta device stands for any other: what is copied there does not grow with the number of steps."""
+
+    def copies(steps: int) -> int:
+        process = Process("cosine", "v")
+        noise, cond = torch.empty(2, 1, 4, 4, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+        with Traffic() as traffic:
+            integrate(lambda x, t, cond: torch.zeros_like(x), process, noise, cond, Sampler(steps=steps))
+        return int(traffic.copies)
+
+    assert copies(9) == copies(3) == 3  # timesteps for the network and for the solver, and the noise schedule
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+def test_what_validation_brought_to_a_device_serves_training(schedule: str) -> None:
+    process = Process(schedule, "flow" if schedule == "flow" else "v")  # type: ignore[arg-type]
+    x, generator = torch.empty(2, 1, 4, 4, device="meta"), torch.Generator()
+    t = process.draw_timesteps(2, generator).to("meta")
+    with torch.inference_mode():
+        process.coefficients(t, x)
+        process.clock(t)
+        process.draw_timesteps(2, generator)
+    prediction = torch.empty_like(x, requires_grad=True)
+    with Traffic() as traffic:
+        process.x0_and_noise(prediction, x, t)[1].sum().backward()
+    assert traffic.copies == 0
+    assert prediction.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_leaves_noise_at_the_cleanest_timestep(dtype: torch.dtype) -> None:
+    process, t = Process("linear", "epsilon"), torch.tensor([0, 999])
+    half, single = (torch.ones(2, 1, 2, 2, dtype=kind) for kind in (dtype, torch.float32))
+    for found, expected in zip(process.coefficients(t, half), process.coefficients(t, single), strict=True):
+        assert torch.equal(found, expected)
+    assert process.add_noise(half, half, t).dtype == dtype
+    assert torch.isfinite(process.noise_in(half, half, t)).all()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES, ids=lambda backbone: backbone.name)
+def test_networks_of_half_precision_draw_nearly_the_same_images(backbone: Backbone) -> None:
+    denoiser = backbone.build()
+    cond, sampler = backbone.condition(denoiser, 2), backbone.sampler(guidance=1.5)
+
+    def draw() -> torch.Tensor:
+        return sample_images(denoiser, backbone.process(), torch.arange(2), cond, sampler)
+
+    expected, _ = draw(), denoiser.to(torch.bfloat16)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as a trainer of half precision does around a step
+    try:
+        found = draw()
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32
+    assert float((found - expected).square().mean().sqrt()) < 0.1 * float(expected.square().mean().sqrt())

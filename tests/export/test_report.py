@@ -1,15 +1,19 @@
 """What a report compares: costs relative to the dense network, and the control with fewer steps."""
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
+import torch
 
+from lightning_prune.callbacks import EfficiencyReport
+from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.export.report import costs, with_fewer_steps
+from lightning_prune.export.report import baked_copy, costs, with_fewer_steps
 from lightning_prune.protocols import Sparsity
-from lightning_prune.pruning.masks import MaskSet, select_units
+from lightning_prune.pruning.masks import MaskSet, effective_state, masked_layers, select_units
 from tests.factories import tiny_dit
 
 PROCESS, SAMPLER = Process("cosine", "v"), Sampler(steps=20)
@@ -47,3 +51,38 @@ def test_fewer_steps_cost_no_more_than_the_result_and_less_than_a_step_below() -
 
 def test_nothing_saved_leaves_all_steps() -> None:
     assert "dense, 20 steps" in with_fewer_steps(variants(None), PROCESS, SAMPLER)
+
+
+def test_a_baked_copy_holds_its_zeros_and_shares_what_no_mask_changes() -> None:
+    given = variants(Sparsity(2, 4))
+    for name, variant in given.items():
+        network, copy = variant.denoiser.network, baked_copy(variant.denoiser).network
+        expected, before = effective_state(network), {n: t.clone() for n, t in network.state_dict().items()}
+        masked = {f"{layer}.weight" for layer in masked_layers(network)}
+        assert bool(masked) == (name == "result")
+        for key, tensor in copy.state_dict().items():
+            assert torch.equal(tensor, expected[key])
+            assert (tensor.data_ptr() == network.state_dict()[key].data_ptr()) == (key not in masked)
+        assert not masked_layers(copy)
+        assert len(masked_layers(network)) == len(masked)
+        assert all(torch.equal(t, before[n]) for n, t in network.state_dict().items())
+        assert {p.requires_grad for p in copy.parameters()} == {False}
+        assert {p.requires_grad for p in network.parameters()} == {True}
+
+
+def test_a_report_asks_for_its_networks_once_and_makes_none_for_their_names() -> None:
+    class Source:
+        asked = 0
+
+        def variants(self) -> dict[str, Variant]:
+            self.asked += 1
+            return {**variants(None), "unseen": Variant.later(unseen), "last": variants(None)["result"]}
+
+    def unseen() -> Denoiser:
+        raise AssertionError("nobody looked at it")
+
+    source: Any = Source()
+    report = EfficiencyReport(rows=["result"])
+    assert list(report._variants(source, torch.device("cpu"))) == ["dense", "result", "unseen", "last"]
+    assert source.asked == 1
+    assert report.row_names(source) == ["result", "last"]

@@ -128,6 +128,22 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(tmp_path: Path) -> None:
     assert float(whole.abs().max()) > 0
 
 
+def test_candidates_are_drawn_in_the_precision_of_what_they_are_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under mixed precision, too, the schedule that runs everything is the teacher's to the bit."""
+    found = []
+
+    def look(loss: Any, problem: Any, starts: Any, *_: Any) -> Any:
+        found.append(loss(problem.schedule([problem.graph.full()] * problem.steps)))
+        return tuple(map(tuple, starts[0]))
+
+    monkeypatch.setattr("lightning_prune.methods.dipgo.module.refined", look)
+    module = tiny_dipgo(refine=1, further_budgets=None)
+    fit(module, tmp_path, max_steps=1, precision="bf16-mixed")
+    assert found == [0.0]
+
+
 def test_the_pruner_stays_in_single_precision(tmp_path: Path) -> None:
     class Look(Callback):
         kinds: set[torch.dtype]

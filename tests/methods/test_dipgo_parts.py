@@ -18,6 +18,7 @@ from lightning_prune.pruning.budget import solve
 from tests.factories import tiny_unet
 from tests.pruning.test_gates import GRAPHS
 from tests.test_blocks import sd15_graph
+from tests.traffic import Traffic
 
 
 def test_the_published_network_has_its_published_size() -> None:
@@ -113,6 +114,15 @@ def test_gates_of_steps_and_blocks_cost_the_budget_together(make: Any) -> None:
         rows = (drawn.run * drawn.steps[..., None]).detach().transpose(0, 1).round().bool().tolist()
         kept = [costs.kept([graph.full(), *map(tuple, sample[1:])]) for sample in rows]
         assert sum(kept) / len(kept) == pytest.approx(budget, abs=0.03)
+
+
+def test_gates_are_drawn_without_reading_a_number_from_the_device() -> None:
+    graph, uniforms = GRAPHS[3](), torch.rand(2, 4, 5)
+    with Traffic() as traffic:
+        budgeted_gates(
+            torch.zeros(4, 5, requires_grad=True), uniforms[:, 0, 0], uniforms, graph, BlockCosts((1,) * 4, 1)
+        )
+    assert traffic.reads == 0
 
 
 def test_systematic_draws_have_their_probabilities_and_are_even() -> None:

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from PIL import Image
 
 from lightning_prune.callbacks import MaskInvariant, MaskMap, SparsityRamp
+from lightning_prune.data import EmbeddedFashion
 from lightning_prune.protocols import InputError, Sparsity
-from lightning_prune.pruning.masks import effective_state, masked_layers
+from lightning_prune.pruning.masks import MaskSet, effective_state, masked_layers
 from lightning_prune.pruning.nm import nm_mask, to_groups, violations
 from tests.factories import fit, tiny_dit, tiny_sparsedm
 
@@ -142,6 +144,42 @@ def test_the_reported_networks(tmp_path: Path) -> None:
     name = next(iter(module.masks.layers))
     weight = start[f"network.{name}.weight"]
     assert torch.equal(one_shot[f"{name}.weight"], weight * nm_mask(weight, TWO_FOUR))
+
+
+def test_rows_share_weights_and_are_made_when_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, made = tiny_sparsedm(also=["3:4"]), []
+
+    def masked(*given: Any) -> MaskSet:
+        made.append(given)
+        return MaskSet(*given)
+
+    monkeypatch.setattr("lightning_prune.methods.sparsedm.module.MaskSet", masked)
+    variants = module.variants()
+    names = ["dense", "one-shot 2:4", "sparsedm at dense", "sparsedm at 3:4", "sparsedm 2:4"]
+    assert list(variants) == names
+    assert made == []
+    dense, one_shot, _, further, result = (variants[name].denoiser for name in names)
+    assert len(made) == 3
+    for copy, owner in ((one_shot, dense), (further, result)):
+        assert [id(p) for p in copy.parameters()] == [id(p) for p in owner.parameters()]
+    patterns = [{str(s.sparsity) for s in masked_layers(n.network).values()} for n in (one_shot, further, result)]
+    assert patterns == [{"2:4"}, {"3:4"}, {"2:4"}]
+    assert variants["one-shot 2:4"].denoiser is one_shot
+
+
+def test_half_precision_predicts_images_of_single_precision(tmp_path: Path) -> None:
+    def predicted(precision: Any) -> torch.Tensor:
+        settings: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "limit_predict_batches": 1}
+        trainer = pl.Trainer(accelerator="cpu", precision=precision, default_root_dir=tmp_path, **settings)
+        data = EmbeddedFashion(batch_size=2, validation_samples=16)
+        found: Any = trainer.predict(tiny_sparsedm(), datamodule=data)
+        images: torch.Tensor = found[0][1]
+        return images
+
+    half, single = predicted("bf16-true"), predicted("32-true")
+    assert half.dtype == single.dtype == torch.float32
+    assert not torch.equal(half, single)
+    assert float((half - single).abs().mean()) < 0.1
 
 
 def test_default_layers_are_the_blocks_attention_and_feed_forward() -> None:

@@ -20,6 +20,7 @@ from lightning_prune.protocols import InputError, Sparsity, SparsityControl
 from lightning_prune.pruning.masks import MaskSet, effective_state, select_units
 from lightning_prune.pruning.nm import nm_mask, to_groups
 from tests.factories import fit, tiny_dit, tiny_sparsedm
+from tests.traffic import Traffic
 
 TWO_FOUR = Sparsity(2, 4)
 BATCH = {"x": torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(3)), "cond": torch.arange(4)}
@@ -102,6 +103,15 @@ def test_a_frozen_mask_returns_after_other_patterns() -> None:
     assert same(masks_of(module), before)
 
 
+def test_violations_of_a_run_that_was_interrupted_count_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SparseDM, "mask_violations", lambda *_: 1)
+    trainer = fit(tiny_sparsedm(distill_weight=0), tmp_path, max_steps=2, callbacks=[MaskInvariant(stop=False)])
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    further = [MaskInvariant(stop=False)]
+    resumed = fit(tiny_sparsedm(distill_weight=0), tmp_path, tmp_path / "two.ckpt", max_steps=3, callbacks=further)
+    assert resumed.callback_metrics["mask_violations"] == 3
+
+
 @pytest.mark.parametrize("kind", ["random", "position"])
 def test_fixed_floors_do_not_follow_the_weights(kind: str, tmp_path: Path) -> None:
     record = Record()
@@ -118,6 +128,13 @@ def test_random_masks_are_those_of_the_seed() -> None:
     masks = [masks_of(module) for module in (first, again, other)]
     assert same(masks[0], masks[1])
     assert not same(masks[0], masks[2])
+
+
+def test_which_further_pattern_a_step_trains_is_not_read_from_the_device() -> None:
+    module = tiny_sparsedm(also=["7:8", "3:4"])
+    with Traffic() as traffic:
+        module.loss(BATCH, torch.Generator().manual_seed(5))
+    assert traffic.reads == 0
 
 
 def test_the_flip_rate_is_what_a_refresh_changes() -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning_prune.blocks import BlockCosts, BlockGraph
 from lightning_prune.pruning.gates import expected_cost, released_closure, running, straight_through
 from tests.factories import tiny_dit, tiny_unet
+from tests.traffic import Traffic
 
 GRAPHS: list[Any] = [
     lambda: tiny_unet().blocks("coarse"),
@@ -69,3 +70,31 @@ def test_the_published_closure_moves_the_gradient_to_the_reader() -> None:
     released_closure(gates, graph)[0, 1].backward()
     assert gates.grad is not None
     assert gates.grad[:, 1].tolist() == [0, 2], "the reader's keep counts twice, the block's own not at all"
+
+
+def test_the_published_closure_reads_no_gate_one_by_one() -> None:
+    graph = tiny_unet().blocks("coarse")
+    gates = torch.stack([torch.ones(len(graph)), torch.zeros(len(graph))], dim=-1).requires_grad_()
+    with Traffic() as traffic:
+        released_closure(gates, graph)
+    assert traffic.reads == 0
+
+
+def test_costs_are_brought_to_the_device_once_and_serve_training_after_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, costs = tiny_dit().blocks("block"), BlockCosts((3, 31), shell=17)
+    made, tensor = [], torch.tensor
+
+    def counted(*given: Any, **settings: Any) -> torch.Tensor:
+        made.append(given)
+        return tensor(*given, **settings)
+
+    monkeypatch.setattr(torch, "tensor", counted)
+    with torch.inference_mode():
+        expected_cost(torch.rand(5, 2), graph, costs)
+    run = torch.rand(5, 2, requires_grad=True)
+    for _ in range(3):
+        expected_cost(run, graph, costs).sum().backward()
+    assert len(made) == 1
+    assert run.grad is not None

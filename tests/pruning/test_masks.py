@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_prune.protocols import InputError, PrunableUnit, Sparsity
 from lightning_prune.pruning.masks import MaskSet, effective_state, masked_layers, select_units
 from lightning_prune.pruning.nm import nm_mask
+from tests.traffic import Traffic
 
 TWO_FOUR = Sparsity(2, 4)
 
@@ -184,3 +185,42 @@ def test_selection() -> None:
 def test_bad_selections_name_the_pattern(include: list[str] | None, exclude: list[str], m: int, message: str) -> None:
     with pytest.raises(InputError, match=message.replace("*", r"\*").replace("[", r"\[")):
         select_units(units_of(network()), include, exclude, m)
+
+
+def test_scores_scales_and_frozen_masks_go_to_the_device_once() -> None:
+    """The meta device stands for any other: a second refresh copies nothing there."""
+    for kind in ("scores", "scales", "frozen"):
+        net, masks = masked()
+        if kind == "scores":
+            masks.set_scores({name: torch.rand_like(layer.weight) for name, layer in masks.layers.items()})
+        elif kind == "scales":
+            masks.set_scales({name: torch.rand_like(layer.weight[:1]) for name, layer in masks.layers.items()})
+        else:
+            masks.freeze()
+        net.to("meta")
+        masks.refresh()
+        with Traffic() as traffic:
+            masks.refresh()
+        assert traffic.copies == 0, kind
+        assert {mask.device.type for mask in masks.masks().values()} == {"meta"}
+
+
+def test_checks_of_all_layers_read_one_number() -> None:
+    _, masks = masked()
+    with Traffic() as traffic:
+        assert masks.violations(compare=True) == 0
+    assert traffic.reads == 1
+    with Traffic() as traffic:
+        assert set(masks.flips().values()) == {0.0}
+        assert set(masks.density_by_layer().values()) == {0.5}
+    assert traffic.reads == 0, "lists are read at once"
+
+
+def test_flips_are_counted_after_the_network_moved() -> None:
+    net, masks = masked()
+    net.double()
+    before = masks.flips()
+    net.to("meta")
+    with pytest.raises(RuntimeError, match="no data"):  # the comparison is on one device, which has no values to read
+        masks.flips()
+    assert set(before.values()) == {0.0}

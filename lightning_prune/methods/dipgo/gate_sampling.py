@@ -124,8 +124,9 @@ def price_of_cost(
     scores: Tensor, budgets: Tensor, prices: Tensor, graph: BlockGraph, costs: BlockCosts, temperature: float
 ) -> Tensor:
     """tau [B] of `threshold` without a gradient, by bisection."""
-    reach = float(scores.abs().max()) / float(prices.min().clamp(min=1e-3)) + 40 * temperature
-    low, high = torch.full_like(budgets, -reach), torch.full_like(budgets, reach)
+    reach = scores.abs().max().double() / prices.min().clamp(min=1e-3).double() + 40 * temperature
+    high = reach.to(budgets).expand_as(budgets)
+    low = -high
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
         gates = torch.sigmoid(logits(scores, middle, prices, temperature))
@@ -169,7 +170,8 @@ def published_gates(scores: Tensor, graph: BlockGraph, costs: BlockCosts, cascad
     keep = torch.sigmoid(scores)
     hard = (scores > 0).to(scores.dtype)
     pairs = torch.stack([straight_through(1 - keep, 1 - hard), straight_through(keep, hard)], dim=-1)
-    closed = torch.stack([released_closure(row, graph) for row in pairs])[..., 1]
+    # On the CPU: many steps on few numbers, each of which a device would be waited for.
+    closed = torch.stack([released_closure(row, graph) for row in pairs.cpu()])[..., 1].to(scores.device)
     gamma = scores.new_tensor(costs.cascade_shares(graph) if cascades else [1.0] * len(graph))
     return DrawnGates(
         run=closed,

@@ -93,6 +93,7 @@ class DiPGO(PruningModule):
     """
 
     whole_for = "to call its blocks one by one, and trains scores alone"
+    takes_half = True
 
     def __init__(
         self,
@@ -265,7 +266,9 @@ class DiPGO(PruningModule):
         super().optimizer_step(*args, **kwargs)
         # Within the step, so that the checkpoint behind it holds the result.
         if self.refine and self.trainer.global_step + 1 >= self.trainer.max_steps:
-            self._refined = self._refine()
+            # In the context of a training step: the teacher's images are drawn there, so candidates are, too.
+            with self.trainer.precision_plugin.train_step_context():
+                self._refined = self._refine()
 
     def _refine(self) -> dict[float, tuple[Row, ...]]:
         chosen = {float(budget): schedule.rows for budget, schedule in self.schedules().items()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.diffusion.conditions import Condition
+from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.variants import Variant
@@ -33,6 +36,7 @@ from lightning_prune.module import Batch, LrSchedule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import MaskSet, select_units
+from lightning_prune.seeds import derive
 from lightning_prune.sharding import ZeRO
 
 
@@ -225,8 +229,9 @@ class SparseDM(Calibrated):
         self.masks.set_sparsity(None)
         dense = self.denoise(x_t, t, cond)
         total, values = sparsedm_loss(dense, target, teacher, self.noise_weight, self.distill_weight, sampled)
-        drawn = int(torch.randint(len(self.also), (1,), generator=generator, device=generator.device))
-        for pattern in (self.also[drawn], self._now):
+        # From the step's seed, not its generator: a number drawn on the device would be waited for.
+        chance = random.Random(derive(generator.initial_seed(), 6))
+        for pattern in (chance.choice(self.also), self._now):
             self.masks.set_sparsity(pattern)
             student = self.denoise(x_t, t, cond)
             strength = self.distill_weight or 1.0
@@ -340,24 +345,24 @@ class SparseDM(Calibrated):
 
     def variants(self) -> dict[str, Variant]:
         """The dense start, the same under one-shot magnitude masks, and the result."""
-        dense = self._dense.on(self.device)
+        dense, whole = self._dense.on(self.device), self.whole_denoiser()
         if self.pattern is None:
-            return {"dense": Variant(dense), "dense fine-tuned": Variant(self.whole_denoiser())}
-        one_shot = deepcopy(dense)
-        MaskSet(one_shot.network, self._units, self.target_sparsity)
-        target = str(self.target_sparsity)
-        networks = {"dense": dense, f"one-shot {target}": one_shot}
-        whole = self.whole_denoiser()
-        networks |= {f"sparsedm at {name}": self._under(pattern, whole) for name, pattern in self._further()}
-        networks[self.result_name] = whole
-        return {name: Variant(network) for name, network in networks.items()}
+            return {"dense": Variant(dense), "dense fine-tuned": Variant(whole)}
+        under: dict[str, tuple[Denoiser, Sparsity | None]] = {
+            f"one-shot {self.target_sparsity}": (dense, self.target_sparsity)
+        }
+        under |= {f"sparsedm at {name}": (whole, pattern) for name, pattern in self._further()}
+        # Their masks are as large as the network, and grids, artefacts and names of rows need none of them.
+        masked = {name: Variant.later(partial(self._under, *given)) for name, given in under.items()}
+        return {"dense": Variant(dense), **masked, self.result_name: Variant(whole)}
 
     def _further(self) -> list[tuple[str, Sparsity | None]]:
         """Patterns besides the target that the weights were trained for, by name."""
         return [("dense", None), *((str(pattern), pattern) for pattern in self.also)] if self.also else []
 
-    def _under(self, pattern: Sparsity | None, whole: Denoiser) -> Denoiser:
-        copy = deepcopy(whole)
+    def _under(self, network: Denoiser, pattern: Sparsity | None) -> Denoiser:
+        """A network under a pattern, with masks of its own and the same weights."""
+        copy = sharing_copy(network)
         MaskSet(copy.network, self._units, pattern)
         return copy
 

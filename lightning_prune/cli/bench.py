@@ -163,6 +163,7 @@ def _cells(pair: Pair, task: Task, batch: int, dtype: str, options: argparse.Nam
             "mode": mode,
             **compared(timings[f"{mode} dense"], timings[f"{mode} pruned"], batch, _count(options)),
             "graphs": graphs if mode == "compiled" else None,
+            "sparse_layers": pair.sparse,
             "peak_memory_bytes": {n: _sum(pair.bytes(n), memory[f"{mode} {n}"]) for n in pair.networks()},
         }
         for mode in modes

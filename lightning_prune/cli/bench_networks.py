@@ -21,6 +21,8 @@ from lightning_prune.diffusion.samplers import Predict, guided, initial_noise, i
 from lightning_prune.diffusion.solvers import Sampler, make_solver
 from lightning_prune.export import load
 from lightning_prune.export.artifact import MANIFEST, read_manifest
+from lightning_prune.export.packed import sparse_layers
+from lightning_prune.export.semi_structured import accelerate, stored_bytes
 from lightning_prune.metrics.macs import count_denoiser, macs_per_image
 from lightning_prune.metrics.samples import conditions_of
 from lightning_prune.metrics.trajectory import trajectory_cost
@@ -122,6 +124,7 @@ class Pair:
         against: where the dense one comes from.
         folder: the artifact's.
         manifest: the artifact's.
+        sparse: layers of the pruned one that a sparse kernel runs.
     """
 
     dense: Denoiser
@@ -129,6 +132,7 @@ class Pair:
     against: str
     folder: Path
     manifest: Mapping[str, Any]
+    sparse: int = 0
 
     def networks(self) -> dict[str, Denoiser]:
         """Both by name."""
@@ -151,12 +155,14 @@ class Pair:
     def placed(self, device: torch.device, dtype: torch.dtype) -> Pair:
         """Copies of both on a device and in a type."""
         dense, pruned = (deepcopy(network).to(device, dtype) for network in (self.dense, self.pruned))
-        return replace(self, dense=dense, pruned=pruned)
+        if layers := sparse_layers(self.manifest, device, dtype):
+            accelerate(pruned.network, layers, device)
+        return replace(self, dense=dense, pruned=pruned, sparse=len(layers))
 
     def bytes(self, name: str) -> int:
         """Memory that parameters and buffers of one network take."""
         network = self.networks()[name]
-        return sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+        return sum(stored_bytes(tensor) for tensor in [*network.parameters(), *network.buffers()])
 
     def describe(self) -> dict[str, Any]:
         """Both networks, for the result."""
@@ -176,7 +182,7 @@ class Pair:
             "dense_per_image": dense,
             "pruned_per_image": float(pruned),
             "ratio": float(pruned / dense),
-            # An artifact holds masked layers as dense ones with zeros, and these run as such.
+            # Unless they are packed and there is a kernel, masked layers run as dense ones with zeros.
             "theoretical": bool(self.masks),
         }
 

@@ -63,10 +63,7 @@ def notes(result: Result) -> str:
         f"* seconds ratio: {result['interval']}",
     ]
     if result["macs"]["theoretical"]:
-        lines.append(
-            "* the MACs of masked layers are theoretical: no sparse kernel ran, so they were computed as dense layers "
-            "with zeros"
-        )
+        lines += [_kernels({cell["dtype"]: cell["sparse_layers"] for cell in result["cells"]})]
     machine = result["machine"]
     if (machine["load_average"] or 0) > machine["cores"] / 2:
         lines.append(
@@ -76,6 +73,17 @@ def notes(result: Result) -> str:
     if any(cell["peak_memory_bytes"]["dense"] is not None for cell in result["cells"]):
         lines.append("* peak memory: weights and buffers, and what one call allocates beyond them")
     return "\n".join(lines)
+
+
+def _kernels(layers: dict[str, int]) -> str:
+    """What computed the masked layers, from the number by type that a sparse kernel ran."""
+    ran = ", ".join(f"{count} layers in {dtype}" for dtype, count in layers.items() if count)
+    if ran:
+        return f"* a sparse kernel ran {ran}; the other masked layers were computed as dense layers with zeros"
+    return (
+        "* the MACs of masked layers are theoretical: no sparse kernel ran, so they were computed as dense layers with "
+        "zeros"
+    )
 
 
 def _machine(machine: Result) -> str:

@@ -108,22 +108,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(path: str | Path) -> Denoiser:
+def load(path: str | Path, device: str | None = None) -> Denoiser:
     """Return the denoiser of an artefact, in evaluation mode; under its schedule of gates where it has one.
 
+    Args:
+        path: the artefact's folder.
+        device: where to; there, packed 2:4 layers run on sparse kernels, in the type they were packed in. Null leaves
+            the network where it is built, with zeros in the place of what was packed away.
+
     Raises:
-        InputError: a missing, damaged or newer artefact, or a network class no backbone file describes.
+        InputError: a missing, damaged or newer artefact, a network class no backbone file describes, or packed layers
+            for a device without a sparse kernel.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    denoiser = _read(folder, manifest).eval()
+    if device is None:
+        return denoiser
+    if "semi_structured" in manifest:
+        return packed.placed(denoiser, manifest, device)
+    return denoiser.to(device)
+
+
+def _read(folder: Path, manifest: Mapping[str, Any]) -> Denoiser:
     name, arguments = manifest["base"]["class"], manifest["base"].get("arguments", {})
     if name not in families():
         raise InputError(f"{folder / MANIFEST}: no backbone is known for {name}")
     if "stages" in manifest:
-        return staged.read(families()[name], folder, manifest).eval()
+        return staged.read(families()[name], folder, manifest)
     if "semi_structured" in manifest:
-        return packed.read_packed(families()[name], folder, manifest).eval()
+        return packed.read_packed(families()[name], folder, manifest)
     denoiser: Denoiser = families()[name](weights=str(folder), **arguments)
     if GATES in manifest["files"]:
         denoiser = apply_gates(denoiser, folder / GATES, Process.from_scheduler(manifest["sampler"]))
-    return denoiser.eval()
+    return denoiser

@@ -123,3 +123,25 @@ def read_packed(family: type[Denoiser], folder: Path, manifest: Mapping[str, Any
     denoiser.network.load_state_dict(state)
     denoiser.weights = manifest["base"].get("weights")
     return denoiser
+
+
+def sparse_layers(manifest: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the layers of an artefact that a sparse kernel can run on a device in a type; often none."""
+    found = manifest.get("semi_structured")
+    if found is None or getattr(torch, found["dtype"]) != dtype or missing(device) is not None:
+        return ()
+    return tuple(found["packed"])
+
+
+def placed(denoiser: Denoiser, manifest: Mapping[str, Any], device: torch.device | str) -> Denoiser:
+    """The denoiser of a packed artefact on a device, in place, its packed layers as semi-structured tensors.
+
+    Raises:
+        InputError: a device without a sparse kernel.
+    """
+    if reason := missing(device):
+        raise InputError(f"device: {reason}; without a device the artefact loads with valid zeros")
+    dtype = getattr(torch, manifest["semi_structured"]["dtype"])
+    denoiser.to(device, dtype)
+    accelerate(denoiser.network, sparse_layers(manifest, device, dtype), device)
+    return denoiser

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensorCUTLASS, to_sparse_semi_structured
+from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS, to_sparse_semi_structured
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
@@ -138,3 +138,11 @@ def contiguous_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     Diffusers' transformers read such inputs: permuted images, and slices of joint sequences.
     """
     return (args[0].contiguous(), *args[1:])
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Memory that a tensor takes; of a semi-structured one what it is packed into."""
+    if not isinstance(tensor.data, SparseSemiStructuredTensor):
+        return tensor.nbytes
+    names, _ = tensor.data.__tensor_flatten__()
+    return sum(int(getattr(tensor.data, name).nbytes) for name in names)

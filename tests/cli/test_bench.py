@@ -39,6 +39,7 @@ CELL = {
         "seconds_ratio",
         "verdict",
         "graphs",
+        "sparse_layers",
         "peak_memory_bytes",
     ],
     "properties": {
@@ -50,6 +51,7 @@ CELL = {
         "seconds_ratio": {"type": "object", "required": ["value", "low", "high"]},
         "verdict": {"enum": ["speed-up", "slower", "no measurable difference"]},
         "graphs": {"type": ["integer", "null"]},
+        "sparse_layers": {"type": "integer"},
         "peak_memory_bytes": {"type": "object", "required": ["dense", "pruned"]},
     },
 }

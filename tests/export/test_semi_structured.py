@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 import lightning_prune
 from lightning_prune.cli import main
 from lightning_prune.diffusion.models.dit import DiT
-from lightning_prune.export import save_artifact, semi_structured
+from lightning_prune.export import packed, save_artifact, semi_structured
 from lightning_prune.export.packed import FILE
-from lightning_prune.export.semi_structured import accelerate, missing, pack, plan, unfit, unpack
+from lightning_prune.export.semi_structured import accelerate, missing, pack, plan, stored_bytes, unfit, unpack
 from lightning_prune.protocols import InputError, Sparsity
 from lightning_prune.pruning.masks import MaskSet, effective_state, select_units
 from lightning_prune.pruning.nm import nm_mask, violations
@@ -163,14 +165,69 @@ def test_a_packed_artifact_computes_as_the_masked_network_in_its_type(
     assert "packed 6 layers" in capsys.readouterr().out
     manifest = json.loads((target / "pruning.json").read_text())
     assert manifest["semi_structured"]["seconds"] == "not measured"
-    masked, packed = lightning_prune.load(artifact).to(torch.bfloat16), lightning_prune.load(target)
+    masked, loaded = lightning_prune.load(artifact).to(torch.bfloat16), lightning_prune.load(target)
     for name in manifest["semi_structured"]["packed"]:
-        assert violations(packed.network.get_submodule(name).weight, TWO_FOUR) == 0
+        assert violations(loaded.network.get_submodule(name).weight, TWO_FOUR) == 0
     x, t, cond = torch.randn(2, 1, 8, 8).bfloat16(), torch.tensor([1, 900]), torch.tensor([0, 3])
     with torch.no_grad():
-        assert torch.equal(packed(x, t, cond), masked(x, t, cond))
+        assert torch.equal(loaded(x, t, cond), masked(x, t, cond))
     dense_bytes = sum(tensor.numel() * 2 for tensor in effective_state(masked.network).values())
     assert (target / FILE).stat().st_size < dense_bytes
+
+
+@pytest.fixture
+def packed_artifact(artifact: Path, tmp_path: Path) -> Path:
+    target = tmp_path / "packed"
+    arguments = ["--artifact", str(artifact), "--format", "semi-structured", "--dtype", "bfloat16"]
+    assert main(["export", *arguments, "--output", str(target)]) == 0
+    return target
+
+
+def test_a_device_without_a_kernel_is_refused_and_none_is_not(packed_artifact: Path) -> None:
+    with pytest.raises(InputError, match=r"device: cpu has no semi-structured kernel; a CUDA device has; without"):
+        lightning_prune.load(packed_artifact, device="cpu")
+    lightning_prune.load(packed_artifact)
+
+
+def test_any_other_artifact_goes_to_a_device(artifact: Path) -> None:
+    assert next(lightning_prune.load(artifact, device="meta").parameters()).is_meta
+
+
+def test_packed_layers_are_run_by_the_kernel_where_there_is_one(
+    packed_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted: list[Tensor] = []
+    for module in (semi_structured, packed):
+        monkeypatch.setattr(module, "missing", lambda device: None)
+
+    def convert(weight: Tensor) -> Tensor:
+        converted.append(weight)
+        return weight
+
+    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", convert)
+    plain, fast = lightning_prune.load(packed_artifact), lightning_prune.load(packed_artifact, device="cpu")
+    assert len(converted) == 6
+    assert all(violations(weight, TWO_FOUR) == 0 for weight in converted)
+    x, t, cond = torch.randn(2, 1, 8, 8).bfloat16(), torch.tensor([1, 900]), torch.tensor([0, 3])
+    with torch.no_grad():
+        assert torch.equal(fast(x, t, cond), plain(x, t, cond))
+    dense = packed_artifact.parent / "dense"
+    plain.network.save_pretrained(dense)
+    result = tmp_path / "bench.json"
+    types = ["--dtype", "float32", "bfloat16"]
+    timed = ["--batch", "2", "--repeats", "8", "--json", str(result), *types]
+    assert main(["bench", "--artifact", str(packed_artifact), "--against", str(dense), *timed]) == 0
+    assert [cell["sparse_layers"] for cell in json.loads(result.read_text())["cells"]] == [0, 6]
+    assert "a sparse kernel ran 6 layers in bfloat16; the other" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor:UserWarning")
+def test_a_semi_structured_tensor_takes_what_it_is_packed_into() -> None:
+    weight = torch.randn(64, 64, dtype=torch.float16)
+    values, meta = sparse_semi_structured_from_dense_cutlass(weight * nm_mask(weight, TWO_FOUR))
+    sparse = SparseSemiStructuredTensorCUTLASS(weight.shape, values, meta, None, None, None)
+    assert stored_bytes(sparse) == values.nbytes + meta.nbytes < weight.nbytes
+    assert stored_bytes(weight) == 64 * 64 * 2
 
 
 @pytest.mark.parametrize(

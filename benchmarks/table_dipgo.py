@@ -33,6 +33,7 @@ EXTENSION = {
     "dipgo-last": ("dipgo/fashion_dit.yaml", ("--model.reuse=last",)),
     "dipgo-unrefined": ("dipgo/fashion_dit.yaml", ("--model.refine=0",)),
     "refined-only": ("dipgo/fashion_dit.yaml", ("--trainer.max_steps=1",)),
+    "dipgo-full-steps": ("dipgo/fashion_dit.yaml", ("--model.full_steps=true",)),
     "dipgo-blocks-alone": ("dipgo/fashion_dit.yaml", ("--model.step_gates=false",)),
     "dipgo-block": ("dipgo/fashion_dit_block.yaml", ()),
     "dipgo-output": ("dipgo/fashion_dit_output.yaml", ()),

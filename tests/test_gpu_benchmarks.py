@@ -165,6 +165,7 @@ def test_eager_seconds_never_pass_for_compiled_ones() -> None:
         measure.timed({"dense": lambda: compiled(x[:1]), "2:4": lambda: x + 1}, 2, "compiled")
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # which some libraries raise when they are imported
 @pytest.mark.usefixtures("_no_graphs")
 @pytest.mark.parametrize("forgets", [True, False])
 def test_every_compiled_cell_starts_without_graphs(

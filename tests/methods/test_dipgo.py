@@ -91,6 +91,16 @@ def test_a_refined_schedule_is_no_worse_and_found_again_when_resumed(steps: int,
     assert refined.reuse == "linear"
 
 
+def test_full_steps_alone_and_a_part_of_one(tmp_path: Path) -> None:
+    module = tiny_dipgo(refine=6, full_steps=True, budget=0.6, further_budgets=None)
+    fit(module, tmp_path, max_steps=3)
+    rows = module.schedules()["0.6"].rows
+    assert sum(any(row) and not all(row) for row in rows) <= 1
+    assert module.costs.kept(rows) <= 0.6
+    with pytest.raises(InputError, match=r"model\.full_steps: needs model\.refine"):
+        tiny_dipgo(full_steps=True)
+
+
 def test_scores_that_matter_rise(tmp_path: Path) -> None:
     """Feed-forward parts of a network whose attention adds nothing have to be preferred to attention."""
     denoiser = tiny_dit()

@@ -19,7 +19,7 @@ from lightning_prune.methods.dipgo.controls import (
     rule,
     shallow,
 )
-from lightning_prune.methods.dipgo.refine import refined
+from lightning_prune.methods.dipgo.refine import Changes, refined
 from lightning_prune.methods.dipgo.rules import bred, shut_alone
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.budget import solve
@@ -109,6 +109,16 @@ def test_refining_opens_nothing_in_steps_that_are_skipped() -> None:
     found = refined(distance_from(wanted), given, [rows], 0.3, 200, random.Random(0))
     assert sorted(map(sum, found)) == sorted(map(sum, rows))
     assert [step for step in (3, 6) if any(found[step])] == []
+
+
+def test_without_trades_rows_move_and_stay_what_they_are() -> None:
+    given = problem(tiny_dit, "half", "residual")
+    draw = random.Random(4)
+    wanted = [[draw.random() for _ in given.graph.names] for _ in range(10)]
+    start = solve([[draw.random() for _ in row] for row in wanted], given.graph, given.costs, 0.4)
+    found = refined(distance_from(wanted), given, [start], 0.4, 200, random.Random(0), Changes(trade_gates=False))
+    assert found != start
+    assert sorted(found) == sorted(start)
 
 
 def distance_from(best: list[list[float]]) -> Any:

@@ -89,10 +89,15 @@ def test_what_is_held_does_not_grow_with_the_number_of_batches(
     held: list[int] = []
     refit = recalibration._refit
 
+    def living() -> list[Tensor]:
+        gc.collect()
+        return [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+
+    others = {id(tensor) for tensor in living()} - {id(p) for p in pair.dense.parameters()}  # of whatever ran before
+
     def census(*arguments: Any) -> None:
         if not held:  # at the first layer the outputs of all others are kept
-            gc.collect()
-            held.append(sum(o.numel() for o in gc.get_objects() if issubclass(type(o), Tensor)))
+            held.append(sum(tensor.numel() for tensor in living() if id(tensor) not in others))
         refit(*arguments)
 
     monkeypatch.setattr(recalibration, "_refit", census)
@@ -101,8 +106,8 @@ def test_what_is_held_does_not_grow_with_the_number_of_batches(
         pair.recalibrate(pair.groups, sizes=sizes, folder=folder)
         found.append(held.pop())
     few, many, in_memory = found
-    assert many < 1.01 * few, "neither outputs of the dense network nor what is replayed"
-    assert in_memory > 1.2 * many, "which is what the file is for"
+    # Views of the samples are counted, which are held either way.
+    assert many - few < 0.1 * (in_memory - few), "neither outputs of the dense network nor what is replayed"
 
 
 def test_every_layer_is_a_least_squares_fit_on_what_it_reads(pair: Pair) -> None:

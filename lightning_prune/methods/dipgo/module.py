@@ -32,7 +32,7 @@ from lightning_prune.methods.dipgo.gate_sampling import (
     published_gates,
 )
 from lightning_prune.methods.dipgo.pruner import Encoder, QueryPruner, ScoreTable
-from lightning_prune.methods.dipgo.refine import refined
+from lightning_prune.methods.dipgo.refine import Changes, refined
 from lightning_prune.methods.dipgo.teacher import Teacher
 from lightning_prune.metrics.block_costs import traced_costs
 from lightning_prune.module import Batch, LrSchedule, PruningModule
@@ -84,6 +84,8 @@ class DiPGO(PruningModule):
         reuse: what skipped blocks and steps give: what they gave "last", or the line through the last two ("linear").
         step_gates: whether steps have gates of their own above those of their blocks; "budgeted" only.
         refine: changes of the schedule found that are tried after the last step; the best is the result.
+        full_steps: refine among schedules that run a step in full or not at all, but for one that spends what is left
+            of the budget.
         noises: how many different starting noises training sees; null gives every sample its own.
         compare: rows to report beside the result, see `controls.control`.
         checkpoint_blocks: recompute blocks inside recomputed steps, too.
@@ -120,6 +122,7 @@ class DiPGO(PruningModule):
         reuse: Reuse = "last",
         step_gates: bool = True,
         refine: int = 0,
+        full_steps: bool = False,
         noises: int | None = None,
         compare: list[Control] | None = None,
         checkpoint_blocks: bool = False,
@@ -135,7 +138,9 @@ class DiPGO(PruningModule):
         self.preset, self.consistency_loss = preset, loss
         self.temperature, self.collapse_weight, self.whole_steps = temperature, collapse_weight, whole_steps
         self.cost_weight, self.cost_floor, self.cascades = cost_weight, cost_floor, cascades
-        self.selection, self.noises, self.refine = selection, noises, refine
+        self.selection, self.noises, self.refine, self.full_steps = selection, noises, refine, full_steps
+        if full_steps and not (refine and whole_steps):
+            raise InputError("model.full_steps: needs model.refine, and model.whole_steps to skip the others")
         self.step_gates = step_gates and preset == "budgeted"
         self.compare = list(_CONTROLS) if compare is None else compare
         _check(sampler, process, self.budgets, temperature, collapse_weight, noises)
@@ -276,11 +281,11 @@ class DiPGO(PruningModule):
         found = {}
         for budget, rows in chosen.items():
             chance = random.Random(derive(self.seed, 8, round(1e6 * budget)))
-            starts = [rows, *(self._whole(rows, budget) if self.whole_steps else [])]
+            whole = self._whole(rows, budget) if self.whole_steps else []
+            starts = whole if self.full_steps else [rows, *whole]
+            allowed = Changes(skip_steps=self.whole_steps, trade_gates=not self.full_steps)
             with self.progress(f"refining at {budget:g}", self.refine) as advance:
-                found[budget] = refined(
-                    loss, self.problem, starts, budget, self.refine, chance, self.whole_steps, advance
-                )
+                found[budget] = refined(loss, self.problem, starts, budget, self.refine, chance, allowed, advance)
         return found
 
     def _whole(self, rows: Sequence[Row], budget: float) -> list[tuple[Row, ...]]:

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from lightning_prune.blocks import GateSchedule, Row
 from lightning_prune.methods.dipgo.controls import GateProblem
 
 _NEAR = 3  # steps that a row moves at most
 _MOVES = 0.8  # share of trials that move a row; the others trade one gate for another
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a change may do.
+
+    Attributes:
+        skip_steps: leave a step without any block.
+        trade_gates: shut a gate and open another; without it rows move, but stay what they are.
+    """
+
+    skip_steps: bool = True
+    trade_gates: bool = True
 
 
 def refined(
@@ -19,7 +33,7 @@ def refined(
     budget: float,
     trials: int,
     chance: random.Random,
-    whole_steps: bool = True,
+    allowed: Changes = Changes(),
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[Row, ...]:
     """The best of some schedules, and of what `trials` small changes make of it, one after the other.
@@ -34,7 +48,7 @@ def refined(
         budget: fraction of MACs that no trial exceeds.
         trials: changes that are tried; those seen before or outside the bounds are not measured.
         chance: draws the changes.
-        whole_steps: whether a step may be skipped altogether.
+        allowed: what changes may do.
         advance: told of every trial.
     """
     known = {tuple(map(tuple, rows)) for rows in starts}
@@ -43,9 +57,10 @@ def refined(
     low, high = min(problem.costs.kept(best), budget - gate) * (1 - 1e-12), budget * (1 + 1e-12)
     for _ in range(trials):
         advance(1)
-        changed = _moved(best, chance) if chance.random() < _MOVES else _traded(best, problem, chance)
-        allowed = whole_steps or all(map(any, changed))
-        if changed in known or not allowed or not low <= problem.costs.kept(changed) <= high:
+        moves = not allowed.trade_gates or chance.random() < _MOVES
+        changed = _moved(best, chance) if moves else _traded(best, problem, chance)
+        skips = not all(map(any, changed))
+        if changed in known or (skips and not allowed.skip_steps) or not low <= problem.costs.kept(changed) <= high:
             continue
         known.add(changed)
         found = loss(problem.schedule(changed))

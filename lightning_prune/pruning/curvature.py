@@ -69,7 +69,9 @@ class Curvature:
             chosen = torch.nonzero(bin_of == index).flatten().to(x.device)
             scale = None if weights is None else weights.to(x)[chosen]
             sums = self.sums[group.name][index]
-            self.rows[index, number] += _accumulate(sums, layer, x[chosen], scale)
+            # Sums of products in half precision are no second moments: they have negative eigenvalues.
+            with torch.autocast(x.device.type, enabled=False):
+                self.rows[index, number] += _accumulate(sums, layer, x[chosen], scale)
 
     def mean(self, group: WidthGroup, steps: Sequence[float]) -> Tensor:
         """H per row, averaged over bins with weights `steps` [bins]; float64, on the CPU.

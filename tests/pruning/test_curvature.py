@@ -48,6 +48,16 @@ def test_streamed_equals_all_at_once(spill: bool, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".statistics*")), "the mapped file is gone from the folder"
 
 
+def test_moments_are_of_single_precision_where_the_network_computes_in_half() -> None:
+    net, x = network(), torch.randn(10, 4, 6)
+    curvature = Curvature(net, GROUPS, 1)
+    with torch.autocast("cpu", torch.bfloat16), curvature.collecting(torch.zeros(10, dtype=torch.long)):
+        net(x)
+    flat = F.pad(x.flatten(0, 1), (0, 1), value=1.0)
+    assert torch.allclose(curvature.sums["0"][0], flat.T @ flat, rtol=1e-5, atol=1e-5)
+    assert torch.linalg.eigvalsh(curvature.sums["3"][0].double()).min() > -1e-4
+
+
 def test_the_error_of_a_layer_is_in_its_moments() -> None:
     net, x = network(), torch.randn(10, 4, 6)
     curvature = Curvature(net, GROUPS, 1)

@@ -12,7 +12,7 @@ from torchvision.utils import save_image
 
 from lightning_prune.callbacks.capability import check_sampling, require
 from lightning_prune.diffusion.conditions import Condition
-from lightning_prune.diffusion.solvers import Sampler, SamplerName
+from lightning_prune.diffusion.solvers import Sampler, SamplerName, usual_solver
 from lightning_prune.metrics.samples import pictures_of
 from lightning_prune.protocols import Predictor
 
@@ -43,8 +43,8 @@ class ImageWriter(Callback):
         if stage != "predict":
             return
         module = require(pl_module, Predictor, self)
-        usual: SamplerName = "flow-euler" if module.process.is_flow else "ddim"
-        module.predict_sampler = Sampler(self.sampler or usual, self.steps, self.guidance)
+        solver = self.sampler or usual_solver(module.process)
+        module.predict_sampler = Sampler(solver, self.steps, self.guidance)
         check_sampling(trainer, pl_module, module.predict_sampler, self)
 
     def on_predict_batch_end(

@@ -21,7 +21,7 @@ from lightning_prune.diffusion.conditions import Condition, move, replace
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import OnStep, sample_images
-from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.diffusion.solvers import Sampler, usual_solver
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.macs import Ledger, count_denoiser
 from lightning_prune.protocols import InputError, Plan, ResultHook, TaskBar
@@ -171,8 +171,8 @@ class PruningModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Sample ids [B] and images [B, C, H, W] in [-1, 1], or latents, for the conditions of the batch."""
-        ids, usual = batch["id"].cpu(), Sampler("flow-euler" if self.process.is_flow else "ddim")
-        return ids, self.sample_images(ids, move(batch["cond"], "cpu"), self.predict_sampler or usual)
+        ids, sampler = batch["id"].cpu(), self.predict_sampler or Sampler(usual_solver(self.process))
+        return ids, self.sample_images(ids, move(batch["cond"], "cpu"), sampler)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self._optimizer.value([p for p in self.parameters() if p.requires_grad])

@@ -17,7 +17,7 @@ from lightning_prune.diffusion.gated import StepGated
 from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.samplers import Predict, guided, initial_noise, integrate
+from lightning_prune.diffusion.samplers import Predict, guided, in_type, initial_noise, integrate
 from lightning_prune.diffusion.solvers import Sampler, make_solver
 from lightning_prune.export import load
 from lightning_prune.export.artifact import MANIFEST, read_manifest
@@ -78,12 +78,6 @@ class Task:
         return self._trajectory(predict, denoiser, noise, cond)
 
     def _trajectory(self, predict: Predict, denoiser: Denoiser, noise: Tensor, cond: Condition) -> Callable[[], Tensor]:
-        dtype = next(denoiser.parameters()).dtype
-
-        # The image stays in float32 between steps, as rounding it every time costs quality; networks see their type.
-        def in_type(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-            return predict(x.to(dtype), t, cond).to(x.dtype)
-
         calls = self.sampler.calls(self.process)
 
         stepped: Any = predict
@@ -92,7 +86,8 @@ class Task:
             if isinstance(stepped, StepAware):
                 stepped.at_step(index, calls)
 
-        both = guided(in_type, denoiser.null_condition, self.scale, denoiser.guide)
+        typed = in_type(predict, next(denoiser.parameters()).dtype)
+        both = guided(typed, denoiser.null_condition, self.scale, denoiser.guide)
         return lambda: integrate(both, self.process, noise, cond, self.sampler, enter)
 
 

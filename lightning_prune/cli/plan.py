@@ -15,7 +15,7 @@ from lightning_prune.cli.export import build_module
 from lightning_prune.cli.preflight import parse
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.pretrained import without_weights
-from lightning_prune.diffusion.solvers import Sampler, SamplerName
+from lightning_prune.diffusion.solvers import Sampler, SamplerName, usual_solver
 from lightning_prune.metrics.macs import Ledger, macs_per_image
 from lightning_prune.metrics.reach import (
     EXPLANATIONS,
@@ -104,7 +104,7 @@ def sampler_of(config: Mapping[str, Any], module: PruningModule) -> Sampler:
     for callback in (config.get("trainer") or {}).get("callbacks") or []:
         if str(callback.get("class_path", "")).endswith("EfficiencyReport"):
             settings = callback.get("init_args") or {}
-    usual = "flow-euler" if module.process.is_flow else "ddim"
+    usual = usual_solver(module.process)
     name = usual if module.process.is_flow else settings.get("sampler") or usual
     return Sampler(cast(SamplerName, name), settings.get("steps", 20), settings.get("guidance", 1.0))
 

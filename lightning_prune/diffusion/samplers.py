@@ -116,18 +116,17 @@ def sample_images(
     denoiser.eval()
     try:
         noise = initial_noise(ids, denoiser.sample_shape, seed).to(device)
-        predict = guided(_in_own_type(denoiser), denoiser.null_condition, sampler.guidance, denoiser.guide)
+        dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())
+        predict = guided(in_type(denoiser, dtype), denoiser.null_condition, sampler.guidance, denoiser.guide)
         return integrate(predict, process, noise, move(cond, device), sampler, enter)
     finally:
         denoiser.train(was_training)
 
 
-def _in_own_type(denoiser: Denoiser) -> Predict:
+def in_type(network: Predict, dtype: torch.dtype) -> Predict:
     """A network of any precision behind images of single precision, which rounding at every step would wear out."""
-    dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())
 
     def predict(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        prediction: Tensor = denoiser(x.to(dtype), t, cond)
-        return prediction.to(x.dtype)
+        return network(x.to(dtype), t, cond).to(x.dtype)
 
     return predict

@@ -94,6 +94,11 @@ def describe_scheduler(scheduler: Any) -> str:
     return Sampler(_SCHEDULERS[name], spacing=scheduler.config.get("timestep_spacing", "trailing")).describe()
 
 
+def usual_solver(process: Process) -> SamplerName:
+    """What samples a process where nothing else is said."""
+    return "flow-euler" if process.is_flow else "ddim"
+
+
 class Solver(Protocol):
     """What the sampling loop needs: diffusers' schedulers, narrowed."""
 

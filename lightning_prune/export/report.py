@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_prune.diffusion.conditions import Condition
-from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
@@ -63,7 +62,7 @@ def with_fewer_steps(variants: Mapping[str, Variant], process: Process, sampler:
 
 
 def _cost(variant: Variant, trajectory: TrajectoryCost, dense: Fraction) -> Cost:
-    weights = weight_statistics(baked_copy(variant.denoiser))
+    weights = weight_statistics(baked(variant.denoiser))
     return Cost(
         macs_per_image=int(trajectory.macs()),
         macs_kept=float(trajectory.macs() / dense),
@@ -71,11 +70,6 @@ def _cost(variant: Variant, trajectory: TrajectoryCost, dense: Fraction) -> Cost
         parameters=weights.parameters,
         nonzero_parameters=weights.nonzero,
     )
-
-
-def baked_copy(denoiser: Denoiser) -> Denoiser:
-    """A copy whose weights hold their zeros and whose layers are plain, as an artefact loads it; see `baked`."""
-    return baked(denoiser)
 
 
 def seconds_per_image(
@@ -89,7 +83,7 @@ def seconds_per_image(
     ids = torch.arange(images)
 
     def arm(variant: Variant) -> Any:
-        plain = baked_copy(variant.denoiser)
+        plain = baked(variant.denoiser)
         return lambda: sample_images(plain, process, ids, cond, variant.sampler or sampler)
 
     medians = interleaved_medians({name: arm(variant) for name, variant in variants.items()}, repeats)

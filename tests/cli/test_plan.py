@@ -16,9 +16,9 @@ from lightning_prune.cli import main, plan_text
 from lightning_prune.cli.export import build_module
 from lightning_prune.diffusion.models.uvit import UViT
 from lightning_prune.diffusion.pretrained import without_weights
-from lightning_prune.export.report import baked_copy
 from lightning_prune.metrics.macs import weight_statistics
 from lightning_prune.metrics.training_memory import activation_bytes, optimizer_bytes
+from lightning_prune.pruning.masks import baked
 from tests.backbones import BACKBONES, Backbone
 from tests.factories import DIT_CONFIG, tiny_dit
 
@@ -118,7 +118,7 @@ def test_the_plan_of_every_family_is_what_a_run_has(
             parameter.uniform_(0.1, 1)
     real.weights_changed()
     target = found["target"]
-    assert target["parameters_after"] == weight_statistics(baked_copy(real.denoiser)).nonzero
+    assert target["parameters_after"] == weight_statistics(baked(real.denoiser)).nonzero
     assert target["parameters_before"] == sum(p.numel() for p in real.denoiser.parameters())
     assert target["macs_kept"] == real.kept_fraction()["aten"]
     assert target["macs_per_image_before"] == 2 * 5 * real.ledger().macs()

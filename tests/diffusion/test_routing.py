@@ -19,10 +19,10 @@ from lightning_prune.diffusion.routing import PipelineRouter, StagedDenoiser, st
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler, make_solver
 from lightning_prune.export import save_artifact
-from lightning_prune.export.report import baked_copy
 from lightning_prune.export.staged import FILE
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError, StepAware
+from lightning_prune.pruning.masks import baked
 from lightning_prune.pruning.structural import Width, slim
 from tests.factories import tiny_dit, tiny_unet
 
@@ -92,7 +92,7 @@ def test_shared_tensors_are_held_once(make: Any) -> None:
     assert total == sum(p.numel() for p in dense.parameters()) + own
     stitched = sum(sum(p.numel() for p in network.parameters()) for network in denoiser.networks)
     assert total < stitched
-    for copy in (deepcopy(denoiser), baked_copy(denoiser)):
+    for copy in (deepcopy(denoiser), baked(denoiser)):
         assert sum(p.numel() for p in copy.parameters()) == total
         # Convolutions without gradients may run another kernel.
         assert torch.allclose(images(copy), images(denoiser), atol=1e-5)

@@ -11,9 +11,9 @@ from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.export.report import baked_copy, costs, with_fewer_steps
+from lightning_prune.export.report import costs, with_fewer_steps
 from lightning_prune.protocols import Sparsity
-from lightning_prune.pruning.masks import MaskSet, effective_state, masked_layers, select_units
+from lightning_prune.pruning.masks import MaskSet, baked, effective_state, masked_layers, select_units
 from tests.factories import tiny_dit
 
 PROCESS, SAMPLER = Process("cosine", "v"), Sampler(steps=20)
@@ -56,7 +56,7 @@ def test_nothing_saved_leaves_all_steps() -> None:
 def test_a_baked_copy_holds_its_zeros_and_shares_what_no_mask_changes() -> None:
     given = variants(Sparsity(2, 4))
     for name, variant in given.items():
-        network, copy = variant.denoiser.network, baked_copy(variant.denoiser).network
+        network, copy = variant.denoiser.network, baked(variant.denoiser).network
         expected, before = effective_state(network), {n: t.clone() for n, t in network.state_dict().items()}
         masked = {f"{layer}.weight" for layer in masked_layers(network)}
         assert bool(masked) == (name == "result")

@@ -232,6 +232,21 @@ def test_the_last_checkpoint_holds_the_statistics(tmp_path: Path) -> None:
         other.on_load_checkpoint(torch.load(file, weights_only=True))
 
 
+def test_a_checkpoint_is_pruned_in_a_test_run_too(tmp_path: Path) -> None:
+    rivals = {"learned": RIVALS["learned"]}
+    pruned = calibrate(module(rivals=rivals), tmp_path, callbacks=[LastCheckpoint()], enable_checkpointing=True)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    again = module(rivals=rivals)
+    again.on_load_checkpoint(state)
+    again.load_state_dict(state["state_dict"])
+    with torch.inference_mode():
+        results = again.results()
+    assert {name: found.removed for name, found in results.items()} == {
+        name: found.removed for name, found in pruned.results().items()
+    }
+    assert all(p.grad is None for p in again.denoiser.parameters())
+
+
 def test_guidance_and_own_states_fill_every_stage(tmp_path: Path) -> None:
     plain = calibrate(module(guidance=2.0), tmp_path / "plain", 1)
     weighted = calibrate(module(guidance=2.0, guidance_weighted=True), tmp_path / "weighted", 1)

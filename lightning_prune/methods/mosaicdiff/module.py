@@ -310,7 +310,8 @@ class MosaicDiff(PruningModule):
     def results(self) -> dict[str, Pruned]:
         """Every recipe's result by row name; nothing before calibration has ended."""
         if not self._pruned.value and self._curvature is not None and not self._calibrating():
-            with torch.random.fork_rng(devices=[]):
+            # A test run asks in inference mode, where nothing could be learned from gradients.
+            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 self._pruned.value = self._prune()
         return self._pruned.value
 

@@ -28,6 +28,7 @@ _RATE = 0.1
 _PENALTY = 100.0
 
 
+@torch.enable_grad()
 def learn(
     dense: Denoiser,
     probe: Probe,
@@ -45,15 +46,20 @@ def learn(
     optimizer = torch.optim.Adam([logits], lr=_RATE)
     costs = _costs(problem).to(device)
     for _ in range(steps):
-        optimizer.zero_grad()
         shares = problem.maximum * logits.sigmoid()
         over = (problem.dense_macs - budget - (shares * costs).sum()) / problem.dense_macs
-        (_PENALTY * over.clamp(min=0) ** 2).backward()
+        logits.grad = _gradient(_PENALTY * over.clamp(min=0) ** 2, logits)
         for number, stage in enumerate(stages):
             weight = stage.steps / sum(problem.steps)
-            (weight * _stage_error(dense, probe, problem, removals[number], stage, logits[number])).backward()
+            error = weight * _stage_error(dense, probe, problem, removals[number], stage, logits[number])
+            logits.grad += _gradient(error, logits)
         optimizer.step()
     return _rounded(problem, logits.detach().cpu(), budget)
+
+
+def _gradient(loss: Tensor, logits: Tensor) -> Tensor:
+    """Of the logits alone: the network's weights are not to be left with gradients."""
+    return torch.autograd.grad(loss, logits)[0]
 
 
 def _costs(problem: Problem) -> Tensor:
@@ -69,7 +75,7 @@ def _stage_error(
     shares = problem.maximum * logits.sigmoid()
     step = steps_to_probe(stage)[0]
     x, t, expected = probe.states(step)
-    with torch.enable_grad(), _gated(dense.network, problem.groups, orders, shares):
+    with _gated(dense.network, problem.groups, orders, shares):
         output = probe.predict(x, t, move(probe.cond, probe.device))
     return (output - expected).square().mean() / expected.square().mean()
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune.blocks import BlockCosts, GateSchedule
+from lightning_prune.blocks import BlockCosts, CacheMode, GateSchedule
+from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.diffusion.models.unet2d import UNet2D
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.dipgo import GateRule
@@ -21,6 +23,7 @@ from lightning_prune.methods.dipgo.controls import (
 )
 from lightning_prune.methods.dipgo.refine import Changes, refined
 from lightning_prune.methods.dipgo.rules import bred, shut_alone
+from lightning_prune.metrics.block_costs import traced_costs
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.budget import solve
 from tests.factories import fit, tiny_dit, tiny_unet
@@ -84,6 +87,25 @@ def test_the_dearest_steps_in_full_and_a_part_of_the_next(budget: float, kind: A
     assert min(given.costs.step(rows[step]) for step in full - {0}) >= max(left)
     assert sum(map(any, found)) - len(full) <= 1
     assert all(given.graph.running(row) == row for row in found)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("kind", ["dit", "unet", "sd15"])
+def test_real_costs_pay_for_as_many_full_steps_as_the_budget_has(budget: float, kind: str) -> None:
+    """Rounding of costs must not turn one of them into a few gates."""
+    mode: CacheMode = "output"
+    if kind == "sd15":
+        graph, costs = sd15_graph("coarse")
+    else:
+        family, granularity, mode = (DiT, "half", "residual") if kind == "dit" else (UNet2D, "fine", mode)
+        network = family(weights=f"embedded:fashion_{kind}")
+        graph, costs = network.blocks(granularity).in_mode(mode), traced_costs(network, granularity, mode)
+    given = GateProblem(graph, mode, costs, PROCESS, Sampler(steps=50))
+    even = rule("whole-steps", given, budget).rows
+    draw = random.Random(5)
+    rows = as_whole_steps(given, even, [[draw.random() for _ in graph.names] for _ in range(50)], budget)
+    assert sum(map(all, rows)) == sum(map(any, rows)) == 50 * budget
+    assert costs.kept(rows) == pytest.approx(budget, abs=1e-9)
 
 
 def test_refining_begins_with_the_best_start_and_stays_within_a_gate_of_the_budget() -> None:

@@ -183,3 +183,9 @@ def test_costs_without_a_common_measure_never_exceed_the_capacity() -> None:
     for capacity in (30, 1_000_000, 2_500_000, 3_300_006):
         chosen = choose(costs, values, capacity, grid=100)
         assert sum(row[i] for row, i in zip(costs, chosen, strict=True)) <= capacity
+
+
+def test_a_capacity_of_so_many_dearest_options_holds_as_many() -> None:
+    costs, values = [[0, 700_001, 1_000_003]] * 20, [[0.0, 0.5, 1.0]] * 20
+    for count in (1, 7, 20):
+        assert sorted(choose(costs, values, 1_000_003 * count, grid=999))[-count:] == [2] * count

@@ -42,7 +42,8 @@ MEASURED = {"allocation": "measured", "stages": 5}
 EXTENSION: Recipes = {
     "uniform-not-recalibrated": {"allocation": "uniform", "recalibrate": False},
     "not-recalibrated": {**MEASURED, "recalibrate": False},
-    "power-not-matched": {**MEASURED, "match_power": False},
+    "power-matched": {**MEASURED, "match": "power"},
+    "not-matched": {**MEASURED, "match": "none"},
     "uniform-five-stages": {"allocation": "uniform", "stages": 5},
     "outputs": {**MEASURED, "sensitivity": "output"},
     "final-images": {**MEASURED, "sensitivity": "final"},

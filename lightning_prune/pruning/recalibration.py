@@ -6,9 +6,10 @@ dense network's layer has for the same samples:
 
     W <- W + (Y - X W^T)^T X (X^T X + m I)^-1
 
-which draws towards the weights it had. Least squares give outputs less power than the dense layer's, by exactly what
-they cannot explain; over the steps of a sampling run this becomes a loss of contrast and detail. `match_power` scales
-the weights so that outputs vary as much as the dense layer's.
+which draws towards the weights it had. Least squares shrink what they predict, by exactly what they cannot explain;
+over the steps of a sampling run this becomes a loss of contrast and detail. So outputs are scaled: to follow the dense
+layer's one to one ("gain": what is unexplained comes on top and later steps remove it, as they do any noise), or to
+vary as much as they do ("power").
 
 Samples are seen a batch at a time, once by the dense network. The slim one goes as far as each layer in turn, and
 what comes before the part that the layer lies in is replayed.
@@ -21,7 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ from lightning_prune.pruning.replay import Replay
 from lightning_prune.pruning.spill import Place, Spill
 
 Run = Callable[[int], object]
+Match = Literal["gain", "power", "none"]
+# A layer of which little is predicted is not made loud.
+_LOUDEST = 2.0
 
 
 @torch.no_grad()
@@ -44,7 +48,7 @@ def recalibrate(
     batches: int,
     groups: Sequence[WidthGroup],
     damping: float = 1e-3,
-    match_power: bool = True,
+    match: Match = "gain",
     folder: Path | None = None,
 ) -> None:
     """Refit the output layers of `groups` in `slim`, weights and biases.
@@ -57,7 +61,7 @@ def recalibrate(
         batches: number of batches.
         groups: the groups that were cut.
         damping: m, relative to the mean diagonal of the second moments.
-        match_power: scale outputs to the variance of the dense layer's.
+        match: what outputs are scaled by: to have the dense layer's "gain", its "power", or not at all.
         folder: where to keep outputs in files; null keeps them in memory.
     """
     wanted = _outputs(dense, run_dense, batches, groups, folder)
@@ -72,7 +76,7 @@ def recalibrate(
         layer = slim.get_submodule(name)
         spill, places = wanted.pop(name)
         moments = _moments(layer, partial(as_far_as, name), (spill.get(place) for place in places))
-        _refit(layer, moments, damping, match_power, name)
+        _refit(layer, moments, damping, match, name)
 
 
 class _ReachedError(Exception):
@@ -133,6 +137,22 @@ class _Moments:
         mean = weight @ self.inputs[-1] / self.rows
         return float(((weight @ self.inputs) * weight).sum()) / self.rows - float(mean.square().sum())
 
+    def covariance(self, weight: Tensor, before: Tensor) -> float:
+        """Of these outputs with those that are wanted; `before` are the weights that `missing` is of."""
+        crossed = self.missing + self.inputs @ before.T
+        means = (weight @ self.inputs[-1]) @ self.total / self.rows**2
+        return float((weight * crossed.T).sum()) / self.rows - float(means)
+
+    def scale(self, weight: Tensor, before: Tensor, match: Match) -> float:
+        """What to multiply weights by, so that outputs have the gain or the power of those that are wanted."""
+        if match == "none":
+            return 1.0
+        wanted = self.wanted_variance
+        had = self.covariance(weight, before) if match == "gain" else self.variance(weight)
+        if had <= 0 or wanted <= 0:
+            return 1.0
+        return min(_LOUDEST, wanted / had if match == "gain" else (wanted / had) ** 0.5)
+
 
 def _moments(layer: nn.Module, run: Run, wanted: Iterable[Tensor]) -> _Moments:
     """Of what a layer reads in each batch, and of what is wanted of it."""
@@ -174,17 +194,16 @@ def _flat(layer: nn.Module) -> Tensor:
     return torch.cat([weight.flatten(1), column[:, None]], 1).float()
 
 
-def _refit(layer: nn.Module, moments: _Moments, damping: float, match_power: bool, name: str) -> None:
+def _refit(layer: nn.Module, moments: _Moments, damping: float, match: Match, name: str) -> None:
     weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
-    flat = _flat(layer).double().cpu()
+    before = _flat(layer).double().cpu()
     free = slice(None) if bias is not None else slice(-1)
-    damped = Layer.of(flat[:, free], moments.inputs[free, free], damping, name).hessian
+    damped = Layer.of(before[:, free], moments.inputs[free, free], damping, name).hessian
+    flat = before.clone()
     flat[:, free] += torch.cholesky_solve(moments.missing[free], torch.linalg.cholesky(damped)).T
-    power = moments.variance(flat)
-    if match_power and power > 0:
-        flat *= (moments.wanted_variance / power) ** 0.5
-        if bias is not None:
-            flat[:, -1] += (moments.total - flat @ moments.inputs[-1]) / moments.rows
+    flat *= moments.scale(flat, before, match)
+    if bias is not None and match != "none":
+        flat[:, -1] += (moments.total - flat @ moments.inputs[-1]) / moments.rows
     layer.register_parameter("weight", _parameter(flat[:, :-1].reshape(weight.shape), weight))
     if bias is not None:
         layer.register_parameter("bias", _parameter(flat[:, -1], bias))

@@ -25,7 +25,7 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "mosaicdiff_dit.yaml"
         ([f"{MODEL}.steps=0"], "0 sampling steps"),
         ([f"{MODEL}.steps=1"], "2 stages of 1 sampling steps"),
         ([f"{MODEL}.recalibration_images=0"], "model.recalibration_images"),
-        ([f"{MODEL}.recipe.match_power=maybe"], "match_power"),
+        ([f"{MODEL}.recipe.match=maybe"], "match"),
         (["--data.init_args.batch_size=2"], "2 samples for 3 stages"),
     ],
 )

@@ -45,7 +45,7 @@ RIVALS = {
     "layers": Recipe(stages=2, sensitivity="layer", nested=True),
     "affine": Recipe(stages=2, sensitivity="output", affine=True),
     "layer by layer": Recipe(stages=2, sensitivity="final", recalibrate=False),
-    "least squares": Recipe("uniform", match_power=False),
+    "least squares": Recipe("uniform", match="none"),
 }
 
 

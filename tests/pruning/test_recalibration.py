@@ -63,7 +63,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 def test_it_brings_predictions_nearer_to_the_dense_networks(pair: Pair) -> None:
     dense = pair.run(pair.dense)
     before = (pair.run(pair.slim) - dense).square().mean()
-    pair.recalibrate(pair.groups, match_power=False)
+    pair.recalibrate(pair.groups, match="none")
     assert (pair.run(pair.slim) - dense).square().mean() < 0.8 * before
 
 
@@ -112,7 +112,7 @@ def test_what_is_held_does_not_grow_with_the_number_of_batches(
 
 def test_every_layer_is_a_least_squares_fit_on_what_it_reads(pair: Pair) -> None:
     """No change of its bias lowers the error: residuals have no mean, also behind layers that were refitted."""
-    pair.recalibrate(pair.groups, match_power=False)
+    pair.recalibrate(pair.groups, match="none")
     for group in pair.groups:
         wanted, found = (pair.outputs(n, group).flatten(0, -2) for n in (pair.dense, pair.slim))
         assert (wanted - found).mean(0).abs().max() < 1e-3 * wanted.std()
@@ -120,12 +120,34 @@ def test_every_layer_is_a_least_squares_fit_on_what_it_reads(pair: Pair) -> None
 
 
 def test_matched_outputs_vary_as_much_as_the_dense_ones(pair: Pair) -> None:
-    pair.recalibrate(pair.groups, match_power=True)
+    pair.recalibrate(pair.groups, match="power")
     for group in pair.groups:
         wanted, found = (pair.outputs(n, group).flatten(0, -2) for n in (pair.dense, pair.slim))
         assert torch.allclose(found.mean(0), wanted.mean(0), atol=1e-4)
         power, aim = ((y - y.mean(0)).square().mean() for y in (found, wanted))
         assert float(power / aim) == pytest.approx(1, abs=1e-3)
+
+
+def test_matched_outputs_follow_the_dense_ones_one_to_one(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recalibration, "_LOUDEST", 100.0)
+    pair.recalibrate(pair.groups, match="gain")
+    for group in pair.groups:
+        wanted, found = (pair.outputs(n, group).flatten(0, -2) for n in (pair.dense, pair.slim))
+        assert torch.allclose(found.mean(0), wanted.mean(0), atol=1e-4)
+        wanted, found = wanted - wanted.mean(0), found - found.mean(0)
+        assert float((wanted * found).mean() / wanted.square().mean()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_layer_that_predicts_little_is_not_made_loud() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(500, 3).double(), torch.randn(500, 2).double()
+    inputs = torch.cat([x, torch.ones(500, 1).double()], 1)
+    before = torch.zeros(2, 4).double()
+    moments = recalibration._Moments(inputs.T @ inputs, inputs.T @ y, y.sum(0), float(y.square().sum()))
+    fitted = torch.linalg.solve(moments.inputs, moments.missing).T
+    assert moments.wanted_variance > 10 * moments.covariance(fitted, before), "noise is not predicted"
+    assert moments.scale(fitted, before, "gain") == moments.scale(fitted, before, "power") == 2.0
+    assert moments.scale(before, before, "gain") == moments.scale(fitted, before, "none") == 1.0
 
 
 def test_an_uncut_network_stays_as_it_is(pair: Pair) -> None:

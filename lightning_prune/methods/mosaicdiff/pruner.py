@@ -34,7 +34,7 @@ from lightning_prune.pruning.allocation import (
 )
 from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.obs import Layer, Removal, columns_of, greedy_removal, removal_in_order
-from lightning_prune.pruning.recalibration import recalibrate
+from lightning_prune.pruning.recalibration import Match, recalibrate
 from lightning_prune.pruning.stages import Grid, Stage, published_sparsities, stage_means
 from lightning_prune.pruning.structural import Width, slim
 from lightning_prune.seeds import derive
@@ -122,7 +122,7 @@ class Pruner:
         }
         denoiser = self.build(stages, recipe, removals, removed, facts)
         if recipe.compensate and recipe.recalibrate:
-            self.recalibrate(denoiser, stages, removed, recipe.match_power)
+            self.recalibrate(denoiser, stages, removed, recipe.match)
         return Pruned(denoiser, stages, problem, removed)
 
     # Orders of removal
@@ -254,9 +254,7 @@ class Pruner:
         denoiser = StagedDenoiser(self.dense, networks, [stage.steps for stage in stages], facts)
         return denoiser.eval().requires_grad_(False)
 
-    def recalibrate(
-        self, denoiser: StagedDenoiser, stages: Sequence[Stage], removed: Removed, match_power: bool
-    ) -> None:
+    def recalibrate(self, denoiser: StagedDenoiser, stages: Sequence[Stage], removed: Removed, match: Match) -> None:
         """Refit the layers that were cut on what they read in their own stage's network."""
         assert self.kept, "there are no images to recalibrate on"
         for stage, network, row in zip(stages, denoiser.networks, removed, strict=True):
@@ -271,7 +269,7 @@ class Pruner:
             denoiser.at_step(stage.first, denoiser.steps)
             run, run_dense = partial(call, denoiser), partial(call, self.dense)
             batches, folder = len(samples), self.curvature.folder
-            recalibrate(network, run, self.dense.network, run_dense, batches, cut, self.damping, match_power, folder)
+            recalibrate(network, run, self.dense.network, run_dense, batches, cut, self.damping, match, folder)
 
     def samples(self, stage: Stage) -> list[tuple[Tensor, Tensor, Condition]]:
         """The kept images noised to the steps of a stage in turn, their timesteps, and their conditions, in batches."""

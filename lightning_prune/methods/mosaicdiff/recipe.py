@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_prune.protocols import InputError
+from lightning_prune.pruning.recalibration import Match
 from lightning_prune.pruning.stages import MAXIMUM
 
 Allocator = Literal["published", "uniform", "measured", "evolution", "learned"]
@@ -28,7 +29,8 @@ class Recipe:
         compensate: refit the layers that read removed units.
         recalibrate: refit them, with their biases, once more in the order they run, on what they read in the pruned
             network; follows `compensate`.
-        match_power: scale what recalibrated layers give to the variance that the dense network's have.
+        match: scale what recalibrated layers give until it follows the dense layers' one to one ("gain"), or varies as
+            much ("power"), or leave it as least squares have it ("none").
         affine: refit biases with the weights when errors are predicted, too.
         nested: one order of removal for all stages, so that what a stage keeps contains what a slimmer one keeps.
         sparsity: share of units to remove on average, for "published" and "uniform", in place of a target in MACs.
@@ -49,7 +51,7 @@ class Recipe:
     criterion: Criterion = "obs"
     compensate: bool = True
     recalibrate: bool = True
-    match_power: bool = True
+    match: Match = "gain"
     affine: bool = False
     nested: bool = False
     sparsity: float | None = None

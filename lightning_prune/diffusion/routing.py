@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from copy import copy, deepcopy
 from typing import Any, cast
@@ -129,10 +130,12 @@ def _shell(dense: Denoiser, network: nn.Module) -> Denoiser:
 class PipelineRouter(nn.Module):
     """A drop-in for `pipe.transformer` or `pipe.unet`: chooses the stage by the scheduler's timestep.
 
+    What a pipeline asks of its network beside calling it (its configuration, its parts) is the first stage's.
+
     Args:
         denoiser: the stages.
-        timesteps: the timestep of every step they were made for, falling; a call at a timestep between two of them
-            belongs to the earlier one.
+        timesteps: the scheduler's timestep of every step they were made for, falling; a call at a timestep between two
+            of them belongs to the later step.
     """
 
     def __init__(self, denoiser: StagedDenoiser, timesteps: Sequence[float]) -> None:
@@ -140,12 +143,18 @@ class PipelineRouter(nn.Module):
         if len(timesteps) != denoiser.steps:
             raise InputError(f"stages: {len(timesteps)} timesteps for stages of {denoiser.steps} steps")
         self.networks = denoiser.networks
+        self.scale = denoiser.family.timestep_scale
         ends = [sum(denoiser.lengths[: i + 1]) for i in range(len(denoiser.lengths))]
         self.last_timesteps = [float(timesteps[end - 1]) for end in ends]
+        self._position = list(inspect.signature(self.networks[0].forward).parameters).index("timestep")
 
-    @property
-    def config(self) -> Any:
-        return self.networks[0].config
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "networks" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.networks[0], name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,14 +164,19 @@ class PipelineRouter(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def stage(self, timestep: float) -> int:
-        """Number of the stage at a timestep: the first that ends at it or at a cleaner one."""
-        for number, last in enumerate(self.last_timesteps):
-            if timestep >= last:
-                return number
-        return len(self.last_timesteps) - 1
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused: the first stage alone would be written."""
+        raise InputError("stages: diffusers has no folder for them; keep the artifact that they were loaded from")
 
-    def forward(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.networks[self.stage(float(torch.as_tensor(timestep).flatten()[0]))](
-            sample, timestep, *args, **kwargs
-        )
+    def stage(self, timestep: Any) -> int:
+        """Number of the stage at what a network is given for a timestep: the first that ends at it or a cleaner one."""
+        t = torch.as_tensor(timestep).flatten()[0]
+        kind = t.dtype if t.is_floating_point() else torch.float64
+        # Rounded and scaled as the pipeline does it, so that a step at the end of a stage stays in it.
+        ends = torch.tensor(self.last_timesteps, dtype=kind, device=t.device)
+        ends = ends if self.scale == 1 else ends / self.scale
+        return min(int((t < ends).sum()), len(self.last_timesteps) - 1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[self._position]
+        return self.networks[self.stage(timestep)](*args, **kwargs)

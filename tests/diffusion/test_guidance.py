@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_prune.diffusion.models.dit import DiT
+from lightning_prune.diffusion.routing import PipelineRouter, StagedDenoiser
 from lightning_prune.diffusion.samplers import guided, initial_noise, sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.protocols import InputError
+from lightning_prune.pruning.structural import Width, slim
 from tests.backbones import BACKBONES, LATENT_DIT, TEXT, Backbone
 
 BY_NAME = {backbone.name: backbone for backbone in BACKBONES}
@@ -76,6 +78,48 @@ def test_samples_are_those_of_the_families_own_pipeline(name: str, tmp_path: Pat
     theirs = pipeline_images(backbone, pipeline, initial_noise(IDS, denoiser.sample_shape), cond, null)
     unguided = sample_images(denoiser, process, IDS, cond, Sampler(sampler.name, STEPS, 1.0, spacing=sampler.spacing))
     assert not torch.allclose(unguided, theirs, atol=1e-2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def put_in_stages(pipeline: Any, component: str, denoiser: StagedDenoiser, timesteps: list[float]) -> list[int]:
+    """Stages in place of the pipeline's network; returns the list that calls of stages are noted in."""
+    setattr(pipeline, component, PipelineRouter(denoiser, timesteps))
+    called: list[int] = []
+    for number, network in enumerate(denoiser.networks):
+        network.register_forward_pre_hook(lambda *_, n=number: called.append(n))
+    return called
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_stages_drop_into_the_families_own_pipeline(name: str, tmp_path: Path) -> None:
+    """Each stage is called for its own steps, and the pipeline draws what staged sampling draws."""
+    backbone = BY_NAME[name]
+    folder = backbone.save(tmp_path / "pipeline")
+    dense = backbone.load(folder)
+    cond: Any = backbone.condition(dense, len(IDS))
+    file, null = empty_prompt(tmp_path, cond)
+    dense = backbone.family(weights=str(folder), **{**backbone.arguments, "null_prompt": str(file)}).eval()
+    sampler = Sampler("flow-euler" if backbone.is_flow else "ddim", STEPS, SCALE, spacing="leading")
+    noise = initial_noise(IDS, dense.sample_shape)
+    assert backbone.pipeline is not None
+    pipeline = backbone.pipeline(backbone.network())
+    plain = pipeline_images(backbone, pipeline, noise, cond, null)
+    timesteps = pipeline.scheduler.timesteps.tolist()
+    calls = 2 if name == "flux" else 1  # it guides in two calls, the others in one of a doubled batch
+
+    uncut = StagedDenoiser(dense, [dense.network, slim(dense.network, dense.groups(), {})], (1, 1))
+    called = put_in_stages(pipeline, backbone.component, uncut, timesteps)
+    assert torch.equal(pipeline_images(backbone, pipeline, noise, cond, null), plain)
+    assert called == [0] * calls + [1] * calls
+
+    widths = {group.name: Width(tuple(range(group.units - 1))) for group in dense.groups() if group.units > 1}
+    # The first stage: where sigmas are set by hand, the last step is nearly nothing.
+    cut = StagedDenoiser(dense, [slim(dense.network, dense.groups(), widths), dense.network], (1, 1)).eval()
+    called = put_in_stages(pipeline, backbone.component, cut, timesteps)
+    theirs = pipeline_images(backbone, pipeline, noise, cond, null)
+    assert called == [0] * calls + [1] * calls
+    assert not torch.allclose(theirs, plain, atol=1e-3)
+    ours = sample_images(cut, backbone.process(), IDS, cond, sampler)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 

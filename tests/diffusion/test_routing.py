@@ -145,8 +145,23 @@ def test_the_router_of_a_pipeline_chooses_by_timestep() -> None:
     assert timesteps == [999, 799, 599, 399, 199]
     router = PipelineRouter(denoiser, timesteps)
     assert [router.stage(t) for t in (999, 800, 799, 798, 599, 598, 199, 0)] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert router.pos_embed is denoiser.networks[0].pos_embed, "what else is asked of it is the first stage's"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        router.nothing  # noqa: B018
+    with pytest.raises(InputError, match="keep the artifact"):
+        router.save_pretrained("folder")
     with pytest.raises(InputError, match="4 timesteps for stages of 5"):
         PipelineRouter(denoiser, timesteps[:4])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_router_sees_timesteps_as_they_are_rounded_and_scaled(kind: torch.dtype) -> None:
+    denoiser = staged(tiny_dit())
+    timesteps = [1000.0, 801.3, 633.7, 399.9, 150.1]
+    router = PipelineRouter(denoiser, timesteps)
+    router.scale = 1000
+    given = [torch.tensor([t, t]).to(kind) / 1000 for t in timesteps]
+    assert [router.stage(t) for t in given] == [0, 0, 1, 2, 2]
 
 
 def test_it_drops_into_a_diffusers_pipeline() -> None:

@@ -30,6 +30,8 @@ class Denoiser(nn.Module, ABC):
     """
 
     network_class: ClassVar[type[nn.Module]]
+    timestep_scale: ClassVar[int] = 1
+    """What diffusers' pipelines divide a timestep by for this network."""
     sample_shape: tuple[int, ...]
     num_classes: int
 

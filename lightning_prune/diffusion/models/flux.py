@@ -16,7 +16,6 @@ from lightning_prune.diffusion.models.text import TextDenoiser
 from lightning_prune.protocols import InputError
 
 _PATCH = 2
-_TIMESTEPS = 1000
 
 
 class Flux(TextDenoiser):
@@ -35,6 +34,7 @@ class Flux(TextDenoiser):
     """
 
     network_class: ClassVar[type[ModelMixin]] = FluxTransformer2DModel
+    timestep_scale: ClassVar[int] = 1000
     usual_tokens: ClassVar[int] = 512
 
     def __init__(
@@ -75,7 +75,7 @@ class Flux(TextDenoiser):
             pixel_unshuffle(x, _PATCH).flatten(2).mT,
             encoder_hidden_states=prompt,
             pooled_projections=parts["pooled_prompt_embeds"],
-            timestep=t.to(x.dtype) / _TIMESTEPS,
+            timestep=t.to(x.dtype) / self.timestep_scale,
             img_ids=_positions(rows, columns, x),
             txt_ids=x.new_zeros(prompt.shape[1], 3),
             guidance=x.new_full((len(x),), self.embedded_guidance) if self.stored.guidance_embeds else None,

@@ -38,14 +38,16 @@ class Curvature:
     def __init__(self, network: nn.Module, groups: Sequence[WidthGroup], bins: int, folder: Path | None = None) -> None:
         self.network, self.groups, self.bins = network, list(groups), bins
         self.folder = folder
-        sizes = {g.name: g.units * g.columns + 1 for g in self.groups}
-        self._store = mapped(bins * sum(n * n for n in sizes.values()), folder)
-        self.sums: dict[str, Tensor] = {}
-        start = 0
-        for name, n in sizes.items():
-            self.sums[name] = self._store[start : start + bins * n * n].view(bins, n, n)
-            start += bins * n * n
+        self.sums = self._zeros()
         self.rows = torch.zeros(bins, len(self.groups), dtype=torch.float64)
+
+    def _zeros(self) -> dict[str, Tensor]:
+        """Sums [bins, n, n] by group, one store for all."""
+        sizes = {g.name: g.units * g.columns + 1 for g in self.groups}
+        parts = mapped(self.bins * sum(n * n for n in sizes.values()), self.folder).split(
+            [self.bins * n * n for n in sizes.values()]
+        )
+        return {name: part.view(self.bins, n, n) for (name, n), part in zip(sizes.items(), parts, strict=True)}
 
     @contextmanager
     def collecting(self, bin_of: Tensor, weights: Tensor | None = None) -> Iterator[None]:
@@ -90,12 +92,22 @@ class Curvature:
                 mean += sums[index].double() * (weight / total / rows)
         return mean
 
-    def state(self, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Any]:
-        """What a checkpoint holds; `reduce` sums a tensor over processes."""
-        return {
-            "sums": {name: reduce(sums.clone()) for name, sums in self.sums.items()},
-            "rows": reduce(self.rows.clone()),
-        }
+    def sum_over(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Sum over processes in place, tensor by tensor; `reduce` does it to one, which it may overwrite."""
+        for tensor in (*self.sums.values(), self.rows):
+            tensor.copy_(reduce(tensor))
+
+    def state(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+        """What a checkpoint holds: the sums themselves, or with `reduce` copies summed over processes.
+
+        Copies lie where the sums do.
+        """
+        if reduce is None:
+            return {"sums": dict(self.sums), "rows": self.rows}
+        copies = self._zeros()
+        for name, sums in self.sums.items():
+            copies[name].copy_(reduce(copies[name].copy_(sums)))
+        return {"sums": copies, "rows": reduce(self.rows.clone())}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a state. Raises `InputError` for one of another network or other bins."""

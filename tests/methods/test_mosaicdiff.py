@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,6 +31,7 @@ from lightning_prune.methods.mosaicdiff.pruner import parameters_held
 from lightning_prune.methods.mosaicdiff.sensitivity import interpolated
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError
+from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.stages import Stage, equal_stages
 from tests.factories import fit, tiny_dit, tiny_unet
 
@@ -230,6 +232,45 @@ def test_the_last_checkpoint_holds_the_statistics(tmp_path: Path) -> None:
     other = module(recipe=Recipe(stages=3))
     with pytest.raises(InputError, match="other stages"):
         other.on_load_checkpoint(torch.load(file, weights_only=True))
+
+
+def test_what_one_process_knows_is_not_copied_to_be_summed_or_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+
+    def counted(self: Curvature, *_: Any) -> None:
+        copied.append(1)
+
+    monkeypatch.setattr(Curvature, "load", counted)
+    monkeypatch.setattr(Curvature, "sum_over", counted)
+    pruned = calibrate(module(), tmp_path)
+    assert not copied
+    checkpoint: dict[str, Any] = {}
+    pruned.on_save_checkpoint(checkpoint)
+    assert pruned._curvature is not None
+    for name, sums in pruned._curvature.sums.items():
+        assert checkpoint["mosaicdiff"]["sums"][name].data_ptr() == sums.data_ptr()
+
+
+def test_saving_what_all_processes_know_leaves_what_one_knows(tmp_path: Path) -> None:
+    """Sums over processes on a CPU overwrite what they are given."""
+    pruned = calibrate(module(rivals={"taylor": RIVALS["taylor"]}), tmp_path)
+    strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor.mul_(3))
+    pruned._trainer = SimpleNamespace(world_size=3, strategy=strategy)  # type: ignore[assignment]
+    pruned._summed = False
+    assert pruned._curvature is not None
+    before = {name: sums.clone() for name, sums in pruned._curvature.sums.items()}
+    importance = {name: values.clone() for name, values in pruned._importance.items()}
+    for _ in range(2):
+        checkpoint: dict[str, Any] = {}
+        pruned.on_save_checkpoint(checkpoint)
+    for name, sums in before.items():
+        assert torch.equal(pruned._curvature.sums[name], sums)
+        assert torch.equal(checkpoint["mosaicdiff"]["sums"][name], 3 * sums)
+        assert torch.equal(pruned._importance[name], importance[name])
+        assert torch.equal(checkpoint["mosaicdiff"]["importance"][name], 3 * importance[name])
+        assert importance[name].any()
 
 
 def test_a_checkpoint_is_pruned_in_a_test_run_too(tmp_path: Path) -> None:

@@ -90,8 +90,12 @@ def test_state_round_trip_and_what_does_not_fit() -> None:
         net(x)
     second.load(first.state())
     assert torch.equal(first.mean(GROUPS[1], [1.0, 1.0]), second.mean(GROUPS[1], [1.0, 1.0]))
-    doubled = first.state(lambda tensor: 2 * tensor)
+    assert all(first.state()["sums"][name] is sums for name, sums in first.sums.items()), "nothing is copied"
+    doubled = first.state(lambda tensor: tensor.mul_(2))
     assert torch.equal(doubled["sums"]["0"], 2 * first.sums["0"])
+    first.sum_over(lambda tensor: tensor.mul_(2))
+    assert all(torch.equal(doubled["sums"][name], sums) for name, sums in first.sums.items())
+    assert torch.equal(doubled["rows"], first.rows)
     with pytest.raises(InputError, match="do not fit"):
         Curvature(net, GROUPS, 3).load(first.state())
     with pytest.raises(InputError, match="seen no sample"):

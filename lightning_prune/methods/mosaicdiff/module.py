@@ -269,15 +269,14 @@ class MosaicDiff(PruningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._curvature is None:
             return
-        importance = {name: self._sum(values) for name, values in self._importance.items()}
         checkpoint["mosaicdiff"] = {
             "bins": [stage.steps for stage in self._bins],
             "power": self.power,
             "cond": self._probe_cond,
             "kept": self._kept,
             "calibrated_on": self._calibrated_on,
-            "importance": importance,
-            **self._curvature.state(self._sum),
+            "importance": self._importance_of_all(),
+            **self._curvature.state(None if self._alone() else self._sum),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -298,12 +297,18 @@ class MosaicDiff(PruningModule):
             self._curvature.load(state)
             self._importance = dict(state["importance"])
 
+    def _alone(self) -> bool:
+        """Whether statistics are of all processes already."""
+        return self._summed or self._trainer is None or self.trainer.world_size == 1
+
     def _sum(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, on each of them."""
-        if self._summed or self._trainer is None or self.trainer.world_size == 1:
-            return tensor.clone()
+        """The sum over processes, on each of them; the tensor may be overwritten."""
         total: Tensor = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
         return total.cpu()
+
+    def _importance_of_all(self) -> dict[str, Tensor]:
+        alone, own = self._alone(), self._importance
+        return {name: values.clone() if alone else self._sum(values.clone()) for name, values in own.items()}
 
     # Results
 
@@ -324,8 +329,9 @@ class MosaicDiff(PruningModule):
         assert self._curvature is not None
         assert self._probe_cond is not None
         if not self._summed:
-            self._importance = {name: self._sum(values) for name, values in self._importance.items()}
-            self._curvature.load(self._curvature.state(self._sum))
+            self._importance = self._importance_of_all()
+            if not self._alone():
+                self._curvature.sum_over(self._sum)
             # The first process', or stages would differ.
             self._kept = self.trainer.strategy.broadcast(self._kept) if self._trainer is not None else self._kept
             self._summed = True

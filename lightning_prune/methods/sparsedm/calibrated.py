@@ -123,7 +123,8 @@ class Calibrated(PruningModule):
     def _prune(self) -> None:
         """From statistics to masks, patterns and weights; all processes call it together."""
         statistics, self._statistics = self._statistics or self._begin(), None
-        statistics.sum_over(self._summed)
+        if self.trainer.world_size > 1:
+            statistics.sum_over(self._summed)
         if scales := statistics.scales():
             self.masks.set_scales(scales)
         if self.allocation is not None:
@@ -178,7 +179,7 @@ class Calibrated(PruningModule):
                 "patterns": {name: str(pattern) for name, pattern in self._patterns.items()},
             }
         elif self._statistics is not None:
-            checkpoint["statistics"] = self._statistics.state(self._summed)
+            checkpoint["statistics"] = self._statistics.state(self._summed if self.trainer.world_size > 1 else None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seen = checkpoint.get("statistics")

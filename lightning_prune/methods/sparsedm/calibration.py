@@ -122,7 +122,7 @@ class Statistics:
 
     def sum_over(self, reduce: Reduce) -> None:
         """Sum the moments over processes."""
-        self.curvature.load(self.curvature.state(reduce))
+        self.curvature.sum_over(reduce)
 
     def problem(self, name: str) -> Layer:
         """The least-squares problem of a layer."""
@@ -200,8 +200,8 @@ class Statistics:
                 write_weight(layer, fitted.to(layer.weight))
         return lost
 
-    def state(self, reduce: Reduce) -> dict[str, Any]:
-        """What a checkpoint taken between two batches holds."""
+    def state(self, reduce: Reduce | None) -> dict[str, Any]:
+        """What a checkpoint taken between two batches holds; `reduce` where there are several processes."""
         return {**self.curvature.state(reduce), "probe": self._probe}
 
     def load(self, state: Mapping[str, Any], moments: bool) -> None:

@@ -128,8 +128,8 @@ def _baselines(target: float) -> Job:
 
 
 def _fewer_steps(target: float) -> str:
-    """A whole number of steps that costs no more than the result, which is a little below its budget."""
-    return f"dense, {int((1 - target) * STEPS - 1e-9)} steps"
+    """The report's name of the control: as many whole steps as the target leaves."""
+    return f"dense, {int((1 - target) * STEPS + 1e-9)} steps"
 
 
 def _job(

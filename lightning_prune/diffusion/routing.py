@@ -16,14 +16,18 @@ from lightning_prune.protocols import InputError, WidthGroup
 
 
 def stage_of_step(lengths: Sequence[int], index: int, calls: int) -> int:
-    """Number of the stage that computes call `index` of `calls`.
+    """Number of the stage of `lengths` steps that computes call `index` of `calls`; a single one computes any.
 
-    Stages of `lengths` steps are stretched where a trajectory has another number of calls; a stage that becomes too
-    short for one is passed over.
+    Raises:
+        InputError: stages that were made for another number of calls: stretched, they would cost another share.
     """
     if not 0 <= index < calls:
         raise InputError(f"stages: call {index} of a trajectory of {calls}")
-    position = index * sum(lengths) // calls
+    if len(lengths) == 1:
+        return 0
+    if calls != sum(lengths):
+        raise InputError(f"steps: the stages are for trajectories of {sum(lengths)} network calls, not {calls}")
+    position = index
     for number, length in enumerate(lengths):
         if position < length:
             return number

@@ -27,6 +27,14 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "mosaicdiff_dit.yaml"
         ([f"{MODEL}.recalibration_images=0"], "model.recalibration_images"),
         ([f"{MODEL}.recipe.match=maybe"], "match"),
         (["--data.init_args.batch_size=2"], "2 samples for 3 stages"),
+        (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches: 0"),
+        (["--trainer.max_epochs=0"], "trainer.max_epochs: 0"),
+        ([f"{MODEL}.steps=8"], "SampleGrid draws in 4 network calls"),
+        (
+            ["--trainer.callbacks=lightning_prune.callbacks.EfficiencyReport", f"{MODEL}.steps=8", "--trainer.callbacks.init_args.steps=20"],
+            "EfficiencyReport draws in 20 network calls",
+        ),
+        ([f"{MODEL}.calibration=sampler", f"{MODEL}.recipe.criterion=taylor"], "recipe.criterion 'taylor'"),
     ],
 )
 def test_the_line_names_what_is_wrong(

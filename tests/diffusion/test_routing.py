@@ -61,10 +61,13 @@ def test_every_step_belongs_to_its_stage() -> None:
         denoiser.at_step(5, 5)
 
 
-def test_another_number_of_calls_stretches_the_stages() -> None:
-    assert [stage_of_step((2, 1, 2), i, 10) for i in range(10)] == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
-    assert [stage_of_step((2, 1, 2), i, 2) for i in range(2)] == [0, 1]
-    assert stage_of_step((2, 1, 2), 0, 1) == 0
+@pytest.mark.parametrize("calls", [1, 2, 4, 10])
+def test_another_number_of_calls_is_refused_but_of_a_single_stage(calls: int) -> None:
+    with pytest.raises(InputError, match=f"for trajectories of 5 network calls, not {calls}"):
+        stage_of_step((2, 1, 2), 0, calls)
+    with pytest.raises(InputError, match=f"not {calls}"):
+        images(staged(tiny_dit()), calls)
+    assert [stage_of_step((5,), i, calls) for i in range(calls)] == [0] * calls
 
 
 def test_sampling_switches_networks() -> None:

@@ -1,6 +1,8 @@
 """What a report compares: costs relative to the dense network, and the control with fewer steps."""
 
 from copy import deepcopy
+from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.variants import Variant
+from lightning_prune.export import report
 from lightning_prune.export.report import costs, with_fewer_steps
+from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import Sparsity
 from lightning_prune.pruning.masks import MaskSet, baked, effective_state, masked_layers, select_units
 from tests.factories import tiny_dit
@@ -33,6 +37,22 @@ def test_costs_are_relative_to_the_first_network() -> None:
     expected = 1 - found["result"].masked_share / 2
     assert found["result"].macs_kept == pytest.approx(expected)
     assert found["result"].nonzero_parameters < found["result"].parameters == found["dense"].parameters
+
+
+@pytest.mark.parametrize(("units", "steps"), [(0, 10), (1, 10), (40, 9)])
+def test_fewer_steps_cost_as_much_as_a_result_that_is_a_little_below_its_budget(
+    units: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a run of 20 steps is 10 of them, though the result be a unit below; not if it is a whole percent."""
+    given = variants(None)
+    whole = trajectory_cost(given["dense"].denoiser, PROCESS, SAMPLER).macs()
+
+    def cost(denoiser: Denoiser, process: Process, sampler: Sampler) -> Any:
+        share = Fraction(1, 2) - Fraction(units, 4000) if denoiser is given["result"].denoiser else Fraction(1)
+        return SimpleNamespace(macs=lambda: whole * share * sampler.steps / 20)
+
+    monkeypatch.setattr(report, "trajectory_cost", cost)
+    assert f"dense, {steps} steps" in with_fewer_steps(given, PROCESS, SAMPLER)
 
 
 def test_fewer_steps_cost_no_more_than_the_result_and_less_than_a_step_below() -> None:
@@ -82,7 +102,7 @@ def test_a_report_asks_for_its_networks_once_and_makes_none_for_their_names() ->
         raise AssertionError("nobody looked at it")
 
     source: Any = Source()
-    report = EfficiencyReport(rows=["result"])
-    assert list(report._variants(source, torch.device("cpu"))) == ["dense", "result", "unseen", "last"]
+    callback = EfficiencyReport(rows=["result"])
+    assert list(callback._variants(source, torch.device("cpu"))) == ["dense", "result", "unseen", "last"]
     assert source.asked == 1
-    assert report.row_names(source) == ["result", "last"]
+    assert callback.row_names(source) == ["result", "last"]

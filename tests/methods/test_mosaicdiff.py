@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 import lightning_prune
-from lightning_prune.callbacks import ArtifactWriter, LastCheckpoint
+from lightning_prune.callbacks import ArtifactWriter, EfficiencyReport, LastCheckpoint, SampleGrid
+from lightning_prune.data import EmbeddedFashion
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import sample_images
@@ -232,6 +233,9 @@ def test_the_last_checkpoint_holds_the_statistics(tmp_path: Path) -> None:
     other = module(recipe=Recipe(stages=3))
     with pytest.raises(InputError, match="other stages"):
         other.on_load_checkpoint(torch.load(file, weights_only=True))
+    first_order = module(recipe=Recipe(stages=2, criterion="taylor"))
+    with pytest.raises(InputError, match="calibrated without gradients"):
+        first_order.on_load_checkpoint(torch.load(file, weights_only=True))
 
 
 def test_what_one_process_knows_is_not_copied_to_be_summed_or_saved(
@@ -288,6 +292,33 @@ def test_a_checkpoint_is_pruned_in_a_test_run_too(tmp_path: Path) -> None:
     assert all(p.grad is None for p in again.denoiser.parameters())
 
 
+class Empty(EmbeddedFashion):
+    """Data with no training batch."""
+
+    def train_dataloader(self) -> Any:
+        return []
+
+
+def test_data_without_a_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no training batch \(trainer\.limit_train_batches\)"):
+        fit(module(), tmp_path, data=Empty(batch_size=8), max_steps=-1, max_epochs=1)
+
+
+def test_callbacks_that_draw_in_another_number_of_calls_are_refused(tmp_path: Path) -> None:
+    for callback in (SampleGrid(steps=3), EfficiencyReport(steps=3), SampleGrid(steps=4, sampler="plms")):
+        with pytest.raises(InputError, match=rf"trainer\.callbacks: {type(callback).__name__} draws in [35] network"):
+            calibrate(module(), tmp_path, 1, callbacks=[callback])
+    for alike in (SampleGrid(steps=4, guidance=2.0, sampler="dpm-solver++"), SampleGrid(steps=3, sampler="plms")):
+        calibrate(module(), tmp_path / f"alike-{alike.sampler.name}", 1, callbacks=[alike])
+    plain = [ArtifactWriter(), SampleGrid(steps=4)]
+    calibrate(module(), tmp_path / "staged", 1, callbacks=plain)
+    beside = EfficiencyReport(steps=3, beside={"staged": str(tmp_path / "staged" / "artifact")})
+    with pytest.raises(InputError, match=r"beside: staged: steps: the stages are for trajectories of 4 .* not 3"):
+        beside.setup(SimpleNamespace(datamodule=EmbeddedFashion()), module(), "fit")  # type: ignore[arg-type]
+    one = module(recipe=Recipe("uniform", stages=1))
+    calibrate(one, tmp_path / "one", 1, callbacks=[SampleGrid(steps=3)])
+
+
 def test_guidance_and_own_states_fill_every_stage(tmp_path: Path) -> None:
     plain = calibrate(module(guidance=2.0), tmp_path / "plain", 1)
     weighted = calibrate(module(guidance=2.0, guidance_weighted=True), tmp_path / "weighted", 1)
@@ -320,6 +351,8 @@ def test_few_steps(steps: int, tmp_path: Path) -> None:
         ({"probe_images": 0}, r"model\.probe_images"),
         ({"recalibration_images": 0}, r"model\.recalibration_images"),
         ({"guidance_weighted": True}, r"model\.guidance_weighted"),
+        ({"calibration": "sampler", "recipe": Recipe(criterion="taylor")}, r"model\.calibration: .*'taylor'"),
+        ({"calibration": "sampler", "rivals": {"first": Recipe(criterion="taylor")}}, r"model\.calibration: .*'taylor'"),
         ({"recipe": Recipe(stages=5)}, "5 stages of 4 sampling steps"),
         ({"steps": 0}, "0 sampling steps"),
         ({"steps": 2000}, "2000 sampling steps"),

@@ -23,6 +23,7 @@ from lightning_prune.diffusion.solvers import Sampler, SamplerName
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.mosaicdiff import drawings
 from lightning_prune.methods.mosaicdiff.plan import (
+    check_calls,
     draw_in_bins,
     refine,
     sampling_grid,
@@ -106,6 +107,8 @@ class MosaicDiff(PruningModule):
             raise InputError(f"model.recalibration_images: {recalibration_images} is not positive")
         if guidance_weighted and guidance == 1.0:
             raise InputError("model.guidance_weighted: there is no guidance to weigh by; set model.guidance")
+        if calibration == "sampler" and any(r.criterion == "taylor" for r in (recipe, *(rivals or {}).values())):
+            raise InputError("model.calibration: recipe.criterion 'taylor' takes gradients on real images; set 'noised'")
         if not denoiser.groups():
             raise InputError("model.denoiser: the network has no width that can be cut")
         self.target, self.recipe, self.rivals = target, recipe, dict(rivals or {})
@@ -143,15 +146,31 @@ class MosaicDiff(PruningModule):
         return [], []
 
     def on_fit_start(self) -> None:
+        self._check_calls()
+        for key in ("limit_train_batches", "max_epochs", "max_steps"):
+            if getattr(self.trainer, key) == 0:
+                raise InputError(f"trainer.{key}: 0 leaves nothing to calibrate on")
         if self._curvature is None:
             self._begin(self._first_batch())
+
+    def on_test_start(self) -> None:
+        self._check_calls()
+
+    def on_predict_start(self) -> None:
+        self._check_calls()
+
+    def _check_calls(self) -> None:
+        if any(recipe.stages != 1 for recipe in self._recipes().values()):
+            check_calls(self.trainer.callbacks, self.process, len(self.grid))  # type: ignore[attr-defined]
 
     def _first_batch(self) -> Batch:
         """The first training batch, from a loader of its own, so that the run's is not moved on."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if datamodule is None:
             raise InputError("data: MosaicDiff needs a data module")
-        batch: Batch = next(iter(datamodule.train_dataloader()))
+        batch: Batch | None = next(iter(datamodule.train_dataloader()), None)
+        if batch is None:
+            raise InputError("data: there is no training batch (trainer.limit_train_batches) to calibrate on")
         if len(batch["x"]) > 1 and bool((batch["x"] == batch["x"][:1]).all()):
             raise InputError("data: all images of the first batch are equal, so there is nothing to calibrate on")
         return batch
@@ -296,6 +315,8 @@ class MosaicDiff(PruningModule):
             assert self._curvature is not None
             self._curvature.load(state)
             self._importance = dict(state["importance"])
+        if self._wants_gradients() and state["rows"].any() and not any(v.any() for v in state["importance"].values()):
+            raise InputError("ckpt_path: was calibrated without gradients, which recipe.criterion 'taylor' needs")
 
     def _alone(self) -> bool:
         """Whether statistics are of all processes already."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler, make_solver
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
+from lightning_prune.protocols import InputError
 from lightning_prune.pruning.stages import (
     Grid,
     Stage,
@@ -25,6 +26,20 @@ from lightning_prune.pruning.stages import (
 def visited_timesteps(process: Process, sampler: Sampler) -> Tensor:
     """The timestep of every network call of a trajectory, falling [K]."""
     return make_solver(sampler, process).timesteps
+
+
+def check_calls(callbacks: Iterable[object], process: Process, calls: int) -> None:
+    """Refuse callbacks that draw in another number of network calls than stages were made for.
+
+    Another solver or guidance of as many calls costs the same share.
+    """
+    for callback in callbacks:
+        drawn = getattr(getattr(callback, "settings", callback), "sampler", None)
+        if isinstance(drawn, Sampler) and (theirs := drawn.calls(process)) != calls:
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__} draws in {theirs} network calls "
+                f"({drawn.describe()}, {drawn.steps} steps), but model.steps makes stages for {calls}"
+            )
 
 
 def sampling_grid(process: Process, sampler: Sampler) -> Grid:

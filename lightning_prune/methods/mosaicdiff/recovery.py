@@ -15,7 +15,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.solvers import Sampler, SamplerName
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.methods.mosaicdiff.plan import draw_in_bins, visited_timesteps
+from lightning_prune.methods.mosaicdiff.plan import check_calls, draw_in_bins, visited_timesteps
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.frozen import Frozen
@@ -51,6 +51,10 @@ class Recovery(PruningModule):
         self._start = Frozen(deepcopy(denoiser))
         self._teacher = Frozen(teacher)
         denoiser.train().requires_grad_(True)  # an artifact comes in evaluation mode
+
+    def on_fit_start(self) -> None:
+        if len(self.stages) > 1:
+            check_calls(self.trainer.callbacks, self.process, len(self.visited))  # type: ignore[attr-defined]
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x0, cond = batch["x"], batch["cond"]

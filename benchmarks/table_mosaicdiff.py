@@ -38,10 +38,12 @@ BASELINES: Recipes = {
     "one-network-random": {**ONE_NETWORK, "criterion": "random", "compensate": False},
 }
 MEASURED = {"allocation": "measured", "stages": 5}
+# Layers are recalibrated alike whatever their statistics were: what those switch is seen without.
+NOT_RECALIBRATED = {**MEASURED, "recalibrate": False}
 # What a recipe switches: these share a calibration. What the calibration switches needs a run of its own.
 EXTENSION: Recipes = {
     "uniform-not-recalibrated": {"allocation": "uniform", "recalibrate": False},
-    "not-recalibrated": {**MEASURED, "recalibrate": False},
+    "not-recalibrated": NOT_RECALIBRATED,
     "power-matched": {**MEASURED, "match": "power"},
     "not-matched": {**MEASURED, "match": "none"},
     "uniform-five-stages": {"allocation": "uniform", "stages": 5},
@@ -50,15 +52,20 @@ EXTENSION: Recipes = {
     "layer-errors": {**MEASURED, "sensitivity": "layer"},
     "evolution": {"allocation": "evolution", "stages": 5},
     "learned": {"allocation": "learned", "stages": 5, "evaluations": 60},
-    "bias-compensated": {**MEASURED, "affine": True},
+    "not-recalibrated-bias-compensated": {**NOT_RECALIBRATED, "affine": True},
     "nested": {**MEASURED, "nested": True},
     "ten-stages": {**MEASURED, "stages": 10},
     "published-snr": {"allocation": "published", "snr_weight": 0.05},
 }
 CALIBRATIONS = {
-    "own-states": ("--model.calibration=sampler", "--trainer.limit_train_batches=4"),
+    "not-recalibrated-own-states": (
+        f"--model.recipe={json.dumps(NOT_RECALIBRATED)}",
+        "--model.calibration=sampler",
+        "--trainer.limit_train_batches=4",
+    ),
     "undamped": ("--model.damping=0.0",),
 }
+WEIGHTED = ("--model.guidance_weighted=true", f"--model.recipe={json.dumps(NOT_RECALIBRATED)}")
 GUIDANCES = (1.5, 2.0)
 
 
@@ -68,8 +75,9 @@ def jobs() -> Iterator[Job]:
         for network, targets in TARGETS.items():
             for target in targets:
                 yield _core(network, target, seed)
-    for target in TARGETS["fashion_dit"]:
-        yield _baselines(target)
+    for network, targets in TARGETS.items():
+        for target in targets:
+            yield _baselines(network, target)
     yield _job("fashion_dit-switches-0.33-0", 0.33, EXTENSION, {}, tier="extension")
     for name, options in CALIBRATIONS.items():
         yield _job(f"fashion_dit-{name}-0.33-0", 0.33, {}, {RESULT: name}, tier="extension", options=options)
@@ -78,12 +86,13 @@ def jobs() -> Iterator[Job]:
         options = (f"--model.guidance={scale:g}",)
         for weighted in (False, True):
             name = f"guidance-{scale:g}" + ("-weighted" if weighted else "")
-            rows = {RESULT: f"measured-{name}"}
+            rows = {RESULT: f"not-recalibrated-{name}" if weighted else f"measured-{name}"}
             if not weighted:
+                rows["not-recalibrated"] = f"not-recalibrated-{name}"
                 alike = {**{rival: rival for rival in CORE}, "dense": "dense", _fewer_steps(0.33): "dense-fewer-steps"}
                 rows |= {row: f"{variant}-{name}" for row, variant in alike.items()}
-            rivals: Recipes = {} if weighted else CORE
-            further = (*options, *(("--model.guidance_weighted=true",) if weighted else ()))
+            rivals: Recipes = {} if weighted else {**CORE, "not-recalibrated": NOT_RECALIBRATED}
+            further = (*options, *(WEIGHTED if weighted else ()))
             report = (f"guidance: {scale:g}",)
             yield _job(f"fashion_dit-{name}-0", 0.33, rivals, rows, tier="extension", options=further, report=report)
 
@@ -93,8 +102,6 @@ def _core(network: str, target: float, seed: int) -> Job:
     rows = {RESULT: "measured"}
     if seed == 0 and target == TARGETS[network][0]:
         rows["dense"] = "dense"
-    if seed == 0 and network == "fashion_unet":
-        rows[_fewer_steps(target)] = "dense-fewer-steps"
     return _job(f"{network}-{target:g}-{seed}", target, CORE, rows, network=network, seed=seed)
 
 
@@ -119,12 +126,12 @@ def _recovered() -> Job:
     )
 
 
-def _baselines(target: float) -> Job:
+def _baselines(network: str, target: float) -> Job:
     """Networks that are the same in all steps, and the dense one with fewer steps."""
     rows = {_fewer_steps(target): "dense-fewer-steps", "mosaicdiff uniform": "one-network-obs"}
     options = (f"--model.recipe={json.dumps(ONE_NETWORK)}",)
-    name = f"fashion_dit-baselines-{target:g}-0"
-    return _job(name, target, BASELINES, rows, options=options, result="mosaicdiff uniform")
+    name = f"{network}-baselines-{target:g}-0"
+    return _job(name, target, BASELINES, rows, network=network, options=options, result="mosaicdiff uniform")
 
 
 def _fewer_steps(target: float) -> str:

@@ -33,6 +33,18 @@ tables: Any = load("tables")
 FACTS = {"device": "cpu", "minutes": 1.0, "command": "lightning_prune fit", "commit": "abc"}
 
 
+def test_what_recalibration_would_hide_is_compared_without_it() -> None:
+    mosaicdiff: Any = load("table_mosaicdiff")
+    jobs = {job.name: job for job in mosaicdiff.jobs()}
+    for name in ("fashion_dit-guidance-1.5-weighted-0", "fashion_dit-not-recalibrated-own-states-0.33-0"):
+        assert any("recalibrate\": false" in option for option in jobs[name].options if "recipe" in option)
+        assert list(jobs[name].rows.values())[-1].startswith("not-recalibrated-")
+    assert "not-recalibrated-guidance-1.5" in jobs["fashion_dit-guidance-1.5-0"].rows.values()
+    assert "not-recalibrated" in jobs["fashion_dit-switches-0.33-0"].rows.values()
+    names = [mosaicdiff._fewer_steps(target) for target in (0.2, 0.33, 0.5)]
+    assert names == ["dense, 16 steps", "dense, 13 steps", "dense, 10 steps"]
+
+
 def job(variant: str, seed: int = 0) -> Any:
     return tables.Job(variant, "fashion_dit", {"result": variant}, "2:4", seed, "x.yaml", minutes=30)
 

@@ -157,6 +157,30 @@ def test_a_target_in_seconds_is_met_where_seconds_are(tmp_path: Path, monkeypatc
         calibrate(impossible, tmp_path / "impossible")
 
 
+def test_a_checkpoint_is_pruned_by_the_seconds_that_its_run_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"target_of": "seconds", "recipe": Recipe("uniform", stages=1)}
+    for costly, folder in (("attn", "first"), ("ff", "second")):
+
+        def medians(arms: Any, repeats: int, costly: str = costly) -> dict[str, float]:
+            return {name: 1.0 - (3 / 16 if costly in name else 0.0) for name in arms}
+
+        monkeypatch.setattr(seconds, "interleaved_medians", medians)
+        saving = {"callbacks": [LastCheckpoint()], "enable_checkpointing": True}
+        calibrate(module(**settings), tmp_path / folder, **saving)
+    state = torch.load(tmp_path / "first" / "checkpoints" / "last.ckpt", weights_only=True)
+    again = module(**settings)
+    again.on_load_checkpoint(state)
+    again.load_state_dict(state["state_dict"])
+    (first,) = again.results().values()
+    predicted = first.denoiser.facts["predicted_seconds_removed"]
+    heads = [k for group, k in zip(first.problem.groups, first.removed[0], strict=True) if group.kind == "heads"]
+    # A head takes three sixteenths of a call, by the first run's clock; by the second's, nothing.
+    assert predicted == pytest.approx(sum(heads) * 3 / 16)
+    assert predicted > 0
+
+
 def test_switches_of_recalibration_change_weights_but_not_widths(run: tuple[MosaicDiff, Path]) -> None:
     matched, least = run[0].results()["uniform"], run[0].results()["least squares"]
     assert matched.removed == least.removed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,8 +65,8 @@ class MosaicDiff(PruningModule):
         probe_images: images that allocations measure with.
         recalibration_images: calibration images that are kept, for pruned layers to be refitted on what they read in
             their own network.
-        target_of: what the target is a share of: MACs, or seconds as measured on this machine, where two runs may
-            differ. What is planned is planned in MACs.
+        target_of: what the target is a share of: MACs, or seconds as measured on this machine when the run starts,
+            where two runs may differ. What is planned is planned in MACs.
         spill: keep statistics, and outputs of layers that are needed later, in files of the run folder instead of in
             memory.
         seed: seed of timesteps and noise; null takes that of `seed_everything`.
@@ -127,6 +128,7 @@ class MosaicDiff(PruningModule):
         self._probe_cond: Condition | None = None
         self._kept: list[tuple[Tensor, Condition]] = []
         self._calibrated_on = hashlib.sha256().hexdigest()
+        self._costs: Costs | None = None
         self._summed = self._calibrated = False
         self._pruned: Shared[dict[str, Pruned]] = Shared({})
 
@@ -182,6 +184,7 @@ class MosaicDiff(PruningModule):
             self.power = float(power)
         for recipe in self._recipes().values() if self.target_of == "macs" else ():
             expected_removal(self.denoiser, self.grid, self.power, recipe, self.target)
+        self._costs = self._measured_costs()
         self._probe_cond = self._same_everywhere(move(rows_of(batch["cond"], slice(self.probe_images)), self.device))
         partitions = [stages_for(recipe, self.grid, self.power) for recipe in self._recipes().values()]
         self._make_statistics(refine(partitions))
@@ -294,6 +297,7 @@ class MosaicDiff(PruningModule):
             "cond": self._probe_cond,
             "kept": self._kept,
             "calibrated_on": self._calibrated_on,
+            "costs": None if self._costs is None else asdict(self._costs),
             "importance": self._importance_of_all(),
             **self._curvature.state(None if self._alone() else self._sum),
         }
@@ -305,6 +309,8 @@ class MosaicDiff(PruningModule):
         self.power, self._probe_cond = state["power"], state["cond"]
         self._calibrated_on = state["calibrated_on"]
         self._kept = [(x0, cond) for x0, cond in state["kept"]]
+        if (costs := state.get("costs")) is not None:
+            self._costs = Costs(costs["call"], tuple(costs["units"]))
         self._make_statistics(stages_of(state["bins"]))
         needed = refine(stages_for(recipe, self.grid, self.power or 1.0) for recipe in self._recipes().values())
         if needed != self._bins:
@@ -375,15 +381,19 @@ class MosaicDiff(PruningModule):
                 "target_of": self.target_of,
                 "calibration": {"of": self.calibration, "sha256": self._calibrated_on},
             },
-            self._costs(),
+            self._measured_costs(),
         )
         return {name: pruner.prune(recipe, self.target) for name, recipe in self._recipes().items()}
 
-    def _costs(self) -> Costs | None:
-        """Seconds of the first process, or stages would differ."""
+    def _measured_costs(self) -> Costs | None:
+        """Seconds of the first process, or stages would differ; measured once, for a checkpoint to give the same."""
         if self.target_of == "macs":
             return None
-        costs = measured_costs(self.denoiser)
+        if self._costs is not None:
+            return self._costs
+        training = self.denoiser.training
+        costs = measured_costs(self.denoiser.eval())
+        self.denoiser.train(training)
         return costs if self._trainer is None else self.trainer.strategy.broadcast(costs)
 
     def write_results(self, trainer: pl.Trainer) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 import lightning_prune
@@ -114,6 +117,42 @@ def test_the_run_leaves_tables_drawings_and_an_artefact(run: tuple[MosaicDiff, P
     assert loaded.facts["calibration"] == result.facts["calibration"]
     assert loaded.facts["timesteps"] == [999, 749, 499, 249]
     assert torch.equal(pruned.sample_images(torch.arange(3), torch.tensor([1, 5, 9]), Sampler(steps=4)), images(result))
+
+
+def test_the_curve_is_drawn_through_its_points_with_the_result_on_it(run: tuple[MosaicDiff, Path]) -> None:
+    content = json.loads((run[1] / "stages" / "mosaicdiff-measured.json").read_text())
+    root = ElementTree.parse(run[1] / "stages" / "mosaicdiff-measured-cost-error.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    (line,), (circle,) = root.findall(f"{space}polyline"), root.findall(f"{space}circle")
+    points = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+    assert len(points) == 1 + len(content["cost_error"])
+    xs, ys = zip(*points, strict=True)
+    assert list(xs) == sorted(xs)
+    assert list(ys) == sorted(ys, reverse=True), "more removed, more error"
+    width = (xs[-1] - xs[0]) / content["cost_error"][-1]["macs_removed"]
+    assert float(circle.attrib["cx"]) == pytest.approx(xs[0] + width * content["facts"]["macs_removed"], abs=0.2)
+
+
+class Noted(WandbLogger):
+    """Takes tables instead of sending them."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
+
+    def log_table(self, key: str, columns: Any = None, data: Any = None, **_: Any) -> None:
+        self.tables[key] = (columns, data)
+
+
+def test_wandb_gets_the_tables_of_the_run_folder(run: tuple[MosaicDiff, Path], tmp_path: Path) -> None:
+    logger, name = Noted(), "mosaicdiff measured"
+    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, loggers=[logger])
+    run[0]._write(trainer, name, run[0].results()[name])
+    content = json.loads((tmp_path / "stages" / "mosaicdiff-measured.json").read_text())
+    assert set(logger.tables) == {f"{key}/mosaicdiff-measured" for key in ("stages", "widths", "cost_error")}
+    for key in ("stages", "widths", "cost_error"):
+        columns, data = logger.tables[f"{key}/mosaicdiff-measured"]
+        assert [dict(zip(columns, row, strict=True)) for row in data] == content[key]
+        assert data
 
 
 def test_parameters_held_are_counted(run: tuple[MosaicDiff, Path]) -> None:

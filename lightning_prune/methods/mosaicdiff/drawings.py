@@ -1,4 +1,4 @@
-"""The stage table as text, and the allocation as a drawing: plain SVG, which needs no plotting library."""
+"""The stage table as text, the allocation and its cost-error curve as drawings: plain SVG, which needs no plotting library."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning_prune.protocols import InputError
 from lightning_prune.pruning.allocation import dynamic
 
 _CELL, _LABEL, _TOP = 26, 260, 40
+_LEFT, _WIDTH, _HEIGHT = 60, 360, 200
 
 
 def stage_table(pruned: Pruned) -> list[dict[str, Any]]:
@@ -81,6 +82,33 @@ def allocation_svg(pruned: Pruned, title: str) -> str:
         parts.append(f'<text x="6" y="{y + 17}">{escape(group.name)}</text>')
         for x, row in zip(columns, pruned.removed, strict=True):
             parts.append(_cell(x, y, 1 - row[g] / group.units))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def cost_error_svg(pruned: Pruned, curve: Sequence[dict[str, float]], title: str) -> str:
+    """Least predicted error over the share of MACs removed; the circle is the allocation that was made."""
+    problem = pruned.problem
+    own = (1 - problem.macs(pruned.removed) / problem.dense_macs, problem.error(pruned.removed))
+    points = [(0.0, 0.0), *((point["macs_removed"], point["error"]) for point in curve)]
+    top = max([y for _, y in points] + [own[1]]) or 1.0
+
+    def at(point: tuple[float, float]) -> tuple[float, float]:
+        return _LEFT + _WIDTH * point[0], _TOP + _HEIGHT * (1 - point[1] / top)
+
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
+    (x, y), bottom = at(own), _TOP + _HEIGHT
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + 20}" height="{bottom + 44}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{_LEFT + _WIDTH + 20}" height="{bottom + 44}" fill="white"/>',
+        f'<text x="6" y="16" font-size="13">{escape(title)}: least predicted error</text>',
+        f'<path d="M{_LEFT},{_TOP} V{bottom} H{_LEFT + _WIDTH}" fill="none" stroke="black"/>',
+        *(f'<text x="{_LEFT + _WIDTH * i / 4 - 8:g}" y="{bottom + 16}">{i / 4:g}</text>' for i in range(5)),
+        *(f'<text x="6" y="{_TOP + _HEIGHT * (1 - i / 2) + 4:g}">{top * i / 2:.3g}</text>' for i in range(3)),
+        f'<text x="{_LEFT + _WIDTH // 2 - 60}" y="{bottom + 34}">share of MACs removed</text>',
+        f'<polyline points="{line}" fill="none" stroke="rgb(55,55,245)"/>',
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="none" stroke="black"/>',
+    ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

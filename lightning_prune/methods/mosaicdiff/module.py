@@ -414,6 +414,7 @@ class MosaicDiff(PruningModule):
         content["facts"] = pruned.denoiser.facts
         (folder / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / f"{stem}.svg").write_text(drawings.allocation_svg(pruned, name))
+        (folder / f"{stem}-cost-error.svg").write_text(drawings.cost_error_svg(pruned, curve, name))
         parameters = ", ".join(f"{kind} {count / 1e6:.2f} M" for kind, count in held.items())
         Console().print(f"{name}\n{drawings.table_text(rows)}\nparameters: {parameters}", highlight=False)
         for logger in trainer.loggers:

@@ -61,8 +61,8 @@ class EfficiencyReport(Callback):
         beside: artifacts of other runs to report beside this one's networks, folders by row name.
         sampler: the solver.
         sample_seed: seed of the starting noise.
-        fewer_steps: also report the first network, the dense one, with as many steps as the result's MACs allow, or 0.2 % more of
-            the dense run's.
+        fewer_steps: also report the first network, the dense one, with as many steps as the result's MACs and 0.2 % of
+            the dense run's allow.
         budget: fraction of MACs that the result may keep, for the `objective` of a sweep; null is no limit.
         rows: names of the rows to report beside the result, whose scores take the time; null is all.
     """
@@ -222,9 +222,9 @@ def _notes(report: Mapping[str, Any], found: Mapping[str, Cost], fewer_steps: bo
         f"floor {floor['value']:.3f}: the distance of {floor['samples']} held-out real images from the reference; "
         "no model can be expected below it (a distance rises as the count falls)"
     ]
-    *_, last = found.values()
+    last = found[list(found)[-1]]
     if fewer_steps:
-        notes.append("the dense network with fewer steps has at most 0.2 % of the dense run's MACs more than the result")
+        notes.append("the first network with fewer steps has at most 0.2 % of its own run's MACs more than the result")
     if last.masked_share > 0:
         notes.append(
             f"masked layers hold {100 * last.masked_share:.1f} % of all MACs; theirs fall to the pattern's share, "

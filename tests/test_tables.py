@@ -37,7 +37,7 @@ def test_what_recalibration_would_hide_is_compared_without_it() -> None:
     mosaicdiff: Any = load("table_mosaicdiff")
     jobs = {job.name: job for job in mosaicdiff.jobs()}
     for name in ("fashion_dit-guidance-1.5-weighted-0", "fashion_dit-not-recalibrated-own-states-0.33-0"):
-        assert any("recalibrate\": false" in option for option in jobs[name].options if "recipe" in option)
+        assert any('recalibrate": false' in option for option in jobs[name].options if "recipe" in option)
         assert list(jobs[name].rows.values())[-1].startswith("not-recalibrated-")
     assert "not-recalibrated-guidance-1.5" in jobs["fashion_dit-guidance-1.5-0"].rows.values()
     assert "not-recalibrated" in jobs["fashion_dit-switches-0.33-0"].rows.values()

@@ -12,6 +12,7 @@ from lightning_prune.data import fashion
 from lightning_prune.diffusion.routing import StagedDenoiser
 from tests.cli.test_bad_input import MODEL, refused
 
+REPORT = "--trainer.callbacks=[{class_path: lightning_prune.callbacks.EfficiencyReport"
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "mosaicdiff_dit.yaml"
 
 
@@ -30,10 +31,7 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "mosaicdiff_dit.yaml"
         (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches: 0"),
         (["--trainer.max_epochs=0"], "trainer.max_epochs: 0"),
         ([f"{MODEL}.steps=8"], "SampleGrid draws in 4 network calls"),
-        (
-            ["--trainer.callbacks=lightning_prune.callbacks.EfficiencyReport", f"{MODEL}.steps=8", "--trainer.callbacks.init_args.steps=20"],
-            "EfficiencyReport draws in 20 network calls",
-        ),
+        ([f"{MODEL}.steps=8", f"{REPORT}, init_args: {{steps: 20}}}}]"], "EfficiencyReport draws in 20 network calls"),
         ([f"{MODEL}.calibration=sampler", f"{MODEL}.recipe.criterion=taylor"], "recipe.criterion 'taylor'"),
     ],
 )

@@ -139,7 +139,7 @@ class Noted(WandbLogger):
     def __init__(self) -> None:
         self.tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
 
-    def log_table(self, key: str, columns: Any = None, data: Any = None, **_: Any) -> None:
+    def log_table(self, key: str, columns: Any = None, data: Any = None, *_: Any, **__: Any) -> None:
         self.tables[key] = (columns, data)
 
 
@@ -206,7 +206,7 @@ def test_a_checkpoint_is_pruned_by_the_seconds_that_its_run_measured(
             return {name: 1.0 - (3 / 16 if costly in name else 0.0) for name in arms}
 
         monkeypatch.setattr(seconds, "interleaved_medians", medians)
-        saving = {"callbacks": [LastCheckpoint()], "enable_checkpointing": True}
+        saving: dict[str, Any] = {"callbacks": [LastCheckpoint()], "enable_checkpointing": True}
         calibrate(module(**settings), tmp_path / folder, **saving)
     state = torch.load(tmp_path / "first" / "checkpoints" / "last.ckpt", weights_only=True)
     again = module(**settings)
@@ -415,7 +415,7 @@ def test_few_steps(steps: int, tmp_path: Path) -> None:
         ({"recalibration_images": 0}, r"model\.recalibration_images"),
         ({"guidance_weighted": True}, r"model\.guidance_weighted"),
         ({"calibration": "sampler", "recipe": Recipe(criterion="taylor")}, r"model\.calibration: .*'taylor'"),
-        ({"calibration": "sampler", "rivals": {"first": Recipe(criterion="taylor")}}, r"model\.calibration: .*'taylor'"),
+        ({"calibration": "sampler", "rivals": {"first": RIVALS["taylor"]}}, r"model\.calibration: .*'taylor'"),
         ({"recipe": Recipe(stages=5)}, "5 stages of 4 sampling steps"),
         ({"steps": 0}, "0 sampling steps"),
         ({"steps": 2000}, "2000 sampling steps"),

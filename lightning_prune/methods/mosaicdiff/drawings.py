@@ -1,4 +1,4 @@
-"""The stage table as text, the allocation and its cost-error curve as drawings: plain SVG, which needs no plotting library."""
+"""The stage table as text, the allocation and its cost-error curve as plain SVG, which needs no plotting library."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class MosaicDiff(PruningModule):
         if guidance_weighted and guidance == 1.0:
             raise InputError("model.guidance_weighted: there is no guidance to weigh by; set model.guidance")
         if calibration == "sampler" and any(r.criterion == "taylor" for r in (recipe, *(rivals or {}).values())):
-            raise InputError("model.calibration: recipe.criterion 'taylor' takes gradients on real images; set 'noised'")
+            raise InputError("model.calibration: recipe.criterion 'taylor' needs gradients on images: 'noised'")
         if not denoiser.groups():
             raise InputError("model.denoiser: the network has no width that can be cut")
         self.target, self.recipe, self.rivals = target, recipe, dict(rivals or {})

@@ -24,6 +24,7 @@ SEEDS = (0, 1, 2)
 STEPS = {"fashion_dit": 50, "fashion_unet": 20}
 BUDGETS = (0.2, 0.1, 0.35, 0.5)
 MINUTES = {"fashion_dit": 20.0, "fashion_unet": 15.0}
+MINUTES_OF_PAPER = 75.0  # its thousand steps
 # Rows of the search under that solver, 20 steps of it; their protocol is another, so they stand beside each other.
 ON_DPM = "-on-dpm-solver++"
 # Baselines reuse and measure as the table's searches do.
@@ -31,9 +32,10 @@ ALIKE = ("--model.reuse=linear", "--model.loss=ssim+l1")
 # Other searches of the transformer, one switch away from the table's: config and options by variant.
 EXTENSION = {
     "dipgo-last": ("dipgo/fashion_dit.yaml", ("--model.reuse=last",)),
-    "dipgo-unrefined": ("dipgo/fashion_dit.yaml", ("--model.refine=0",)),
-    "refined-only": ("dipgo/fashion_dit.yaml", ("--trainer.max_steps=1",)),
-    "dipgo-full-steps": ("dipgo/fashion_dit.yaml", ("--model.full_steps=true",)),
+    "dipgo-unrefined": ("dipgo/fashion_dit.yaml", ("--model.refine=0", "--model.full_steps=false")),
+    # As many batches to measure with, and nothing learned.
+    "refined-only": ("dipgo/fashion_dit.yaml", ("--trainer.max_steps=4", "--model.optimizer.init_args.lr=0")),
+    "dipgo-parts-of-steps": ("dipgo/fashion_dit.yaml", ("--model.full_steps=false",)),
     "dipgo-blocks-alone": ("dipgo/fashion_dit.yaml", ("--model.step_gates=false",)),
     "dipgo-block": ("dipgo/fashion_dit_block.yaml", ()),
     "dipgo-output": ("dipgo/fashion_dit_output.yaml", ()),
@@ -52,8 +54,10 @@ def jobs() -> Iterator[Job]:
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", 0.35, seed)
     for budget in (0.2, 0.5):
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", budget, 0, "extension")
+    yield _search("fashion_dit", "dipgo/fashion_dit.yaml", 0.06, 0, "extension")
     for variant, (config, options) in EXTENSION.items():
         yield _other(variant, config, options, 0.2)
+    yield _other("dipgo-parts-of-steps", *EXTENSION["dipgo-parts-of-steps"], 0.1)
     for budget in (0.35, 0.5):
         yield _on_dpm(budget)
 
@@ -95,7 +99,7 @@ def _other(variant: str, config: str, options: tuple[str, ...], budget: float) -
         config=config,
         options=(f"--model.budget={budget:g}", "--model.compare=[]", *options, _scored([]), *UNTIMED),
         tier="extension",
-        minutes=8.0,
+        minutes=MINUTES_OF_PAPER if variant == "dipgo-paper" else 8.0,
     )
 
 

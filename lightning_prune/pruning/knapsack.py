@@ -9,7 +9,7 @@ from functools import reduce
 
 import numpy as np
 
-GRID = 100_000  # cells of the capacity at most
+GRID = 50_000  # cells of the capacity at most
 
 
 def choose(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightning_prune.diffusion.models.dit import DiT
 from lightning_prune.diffusion.models.unet2d import UNet2D
 from lightning_prune.diffusion.widths import width_groups
-from lightning_prune.metrics.macs import count
+from lightning_prune.metrics.macs import Ledger, count
 from lightning_prune.protocols import InputError, WidthGroup
+from lightning_prune.pruning.stages import channels_removed, heads_removed
 from lightning_prune.pruning.structural import Width, masked, slim
 from tests.factories import UNET_CONFIG, tiny_dit, tiny_unet
 
@@ -183,8 +184,8 @@ def on_meta(build: Any) -> nn.Module:
     return network
 
 
-def test_dit_xl_2_has_the_published_targets() -> None:
-    network = on_meta(
+def dit_xl() -> nn.Module:
+    return on_meta(
         lambda: DiTTransformer2DModel(
             num_layers=28,
             num_attention_heads=16,
@@ -195,21 +196,50 @@ def test_dit_xl_2_has_the_published_targets() -> None:
             num_embeds_ada_norm=1000,
         )
     )
+
+
+def dit_xl_ledger(network: nn.Module) -> Ledger:
+    inputs = {
+        "timestep": torch.zeros(1, device="meta"),
+        "class_labels": torch.zeros(1, dtype=torch.long, device="meta"),
+    }
+    return count(network, torch.zeros(1, 4, 32, 32, device="meta"), **inputs)
+
+
+def test_dit_xl_2_has_the_published_targets() -> None:
+    network = dit_xl()
     groups = width_groups(network)
     assert [(g.kind, g.units) for g in groups] == [("heads", 16), ("channels", 4608)] * 28
     matrices = [c.parameter for g in groups for c in g.cuts if c.parameter.endswith("weight")]
     assert sum(network.get_parameter(name).numel() for name in matrices) == 445_906_944
     slimmer = slim(network, groups, {g.name: Width(tuple(range(g.units // 2))) for g in groups})
-    inputs = {
-        "timestep": torch.zeros(1, device="meta"),
-        "class_labels": torch.zeros(1, dtype=torch.long, device="meta"),
-    }
-    ledger = count(slimmer, torch.zeros(1, 4, 32, 32, device="meta"), **inputs)
+    ledger = dit_xl_ledger(slimmer)
     attention = 28 * 2 * 256 * 256 * 1152
     assert ledger.by_kind()["attention"] == attention // 2
-    assert count(network, torch.zeros(1, 4, 32, 32, device="meta"), **inputs).macs() - ledger.macs() == (
-        (445_906_944 * 256 + attention) // 2
-    )
+    assert dit_xl_ledger(network).macs() - ledger.macs() == (445_906_944 * 256 + attention) // 2
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sparsities", "dense", "tera"),
+    [((21, 24, 5), (0.53617, 0.11502, 0.49598), 5.72, 3.9205), ((8, 10, 2), (0.49850, 0.11082, 0.45189), 2.29, 1.6411)],
+)
+def test_the_two_rows_of_the_paper_from_slimmed_networks(
+    lengths: tuple[int, ...], sparsities: tuple[float, ...], dense: float, tera: float
+) -> None:
+    """3.92 T and 1.64 T: the printed dense total times what is left of the linear layers that are cut."""
+    network = dit_xl()
+    groups = width_groups(network)
+
+    def linear(one: nn.Module) -> int:
+        by_layer = dit_xl_ledger(one).by_layer("linear")
+        return sum(macs for name, macs in by_layer.items() if ".attn1." in name or ".ff." in name)
+
+    kept = 0.0
+    for length, sparsity in zip(lengths, sparsities, strict=True):
+        cut = {"heads": heads_removed, "channels": channels_removed}
+        widths = {g.name: Width(tuple(range(g.units - cut[g.kind](g.units, sparsity)))) for g in groups}
+        kept += length * linear(slim(network, groups, widths)) / linear(network)
+    assert dense * kept / sum(lengths) == pytest.approx(tera, abs=1e-4)
 
 
 def test_sdxl_has_the_published_targets() -> None:

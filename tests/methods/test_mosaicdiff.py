@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,6 +319,21 @@ def test_what_one_process_knows_is_not_copied_to_be_summed_or_saved(
     assert pruned._curvature is not None
     for name, sums in pruned._curvature.sums.items():
         assert checkpoint["mosaicdiff"]["sums"][name].data_ptr() == sums.data_ptr()
+
+
+def test_checkpoints_are_written_without_being_in_memory(tmp_path: Path) -> None:
+    trainer = fit(module(), tmp_path, max_steps=-1, max_epochs=1, limit_train_batches=1)
+    io = trainer.strategy.checkpoint_io
+    content = {"sums": torch.arange(1 << 20)}
+    tracemalloc.start()
+    try:
+        io.save_checkpoint(content, tmp_path / "folder" / "large.ckpt")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < content["sums"].nbytes / 8
+    assert torch.equal(torch.load(tmp_path / "folder" / "large.ckpt", weights_only=True)["sums"], content["sums"])
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["large.ckpt"]
 
 
 def test_saving_what_all_processes_know_leaves_what_one_knows(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from lightning_prune.methods.mosaicdiff.plan import (
 )
 from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, expected_removal, parameters_held
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
+from lightning_prune.methods.mosaicdiff.saving import stream_checkpoints
 from lightning_prune.methods.mosaicdiff.seconds import Costs, measured_costs
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe
 from lightning_prune.module import Batch, PruningModule
@@ -146,6 +147,9 @@ class MosaicDiff(PruningModule):
     def configure_optimizers(self) -> Any:
         """None: nothing is trained."""
         return [], []
+
+    def setup(self, stage: str) -> None:
+        stream_checkpoints(self.trainer.strategy)
 
     def on_fit_start(self) -> None:
         self._check_calls()

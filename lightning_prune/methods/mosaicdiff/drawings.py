@@ -15,7 +15,7 @@ _LEFT, _WIDTH, _HEIGHT = 60, 360, 200
 
 
 def stage_table(pruned: Pruned) -> list[dict[str, Any]]:
-    """A row per stage: steps, timesteps, units removed on average by kind of width, MACs of a call kept."""
+    """A row per stage: steps, timesteps, mean published score, units removed on average by kind of width, MACs of a call kept."""
     timesteps = pruned.denoiser.facts["timesteps"]
     rows = []
     for number, (stage, removed) in enumerate(zip(pruned.stages, pruned.removed, strict=True)):
@@ -23,6 +23,7 @@ def stage_table(pruned: Pruned) -> list[dict[str, Any]]:
             "stage": number,
             "steps": stage.steps,
             "timesteps": f"{timesteps[stage.first]:g}..{timesteps[stage.end - 1]:g}",
+            "score": float(pruned.denoiser.facts["stage_scores"][number]),
         }
         for kind in sorted({group.kind for group in pruned.problem.groups}):
             pairs = [(k, g.units) for k, g in zip(removed, pruned.problem.groups, strict=True) if g.kind == kind]

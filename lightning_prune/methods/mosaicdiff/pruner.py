@@ -112,6 +112,7 @@ class Pruner:
         facts = {
             "recipe": asdict(recipe),
             "power": self.power,
+            "stage_scores": stage_means(self.grid.score(self.power, recipe.snr_weight), stages),
             "timesteps": visited_timesteps(self.process, self.sampler).tolist(),
             "macs_per_image": problem.macs(removed) * (1 if self.sampler.guidance == 1.0 else 2),
             "macs_removed": 1 - problem.macs(removed) / problem.dense_macs,

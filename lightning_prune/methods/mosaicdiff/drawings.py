@@ -15,7 +15,7 @@ _LEFT, _WIDTH, _HEIGHT = 60, 360, 200
 
 
 def stage_table(pruned: Pruned) -> list[dict[str, Any]]:
-    """A row per stage: steps, timesteps, mean published score, units removed on average by kind of width, MACs of a call kept."""
+    """A row per stage: steps, timesteps, mean published score, units removed by kind of width, MACs of a call kept."""
     timesteps = pruned.denoiser.facts["timesteps"]
     rows = []
     for number, (stage, removed) in enumerate(zip(pruned.stages, pruned.removed, strict=True)):

@@ -18,19 +18,23 @@ from torch import Tensor
 from lightning_prune.blocks import Reuse
 
 Value = Any  # a tensor, or a nested tuple of tensors
-Slot = Any  # None, (last,), or (last, the one before, clock of the last, clock of the one before)
+Slot = Any  # None, (last,), or (last, the one before, clocks of the two [B, 2])
 # Lines are not drawn further than this many times the distance of the two points they go through.
 _REACH = 3.0
 
 
 def store(reuse: Reuse, slot: Slot, fresh: Value, clock: Tensor, gate: Tensor | None = None) -> Slot:
-    """What is stored once `fresh` is computed at `clock` [B]; with a gate [] or [B], to that degree."""
+    """What is stored once `fresh` is computed at `clock` [B]; with a gate [] or [B], to that degree.
+
+    No tensor is in two places, or in the slots of two blocks: which are the same would depend on the steps before, and
+    the compiler makes a graph for every way in which its inputs are.
+    """
     if reuse == "last":
         after: Slot = (fresh,)
     elif slot is None:  # with nothing before, the line is flat
-        after = (fresh, fresh, clock, clock - 1)
+        after = (fresh, combined(lambda one, _: one.clone(), fresh, fresh), torch.stack([clock, clock - 1], dim=-1))
     else:
-        after = (fresh, slot[0], clock, slot[2])
+        after = (fresh, slot[0], torch.stack([clock, slot[2][:, 0]], dim=-1))
     return after if gate is None or slot is None else blended(gate, after, slot)
 
 
@@ -38,7 +42,8 @@ def read(slot: Slot, clock: Tensor) -> Value:
     """What stands for the value at `clock` [B]."""
     if len(slot) == 1:
         return slot[0]
-    last, before, then, earlier = slot
+    last, before, clocks = slot
+    then, earlier = clocks.unbind(dim=-1)
     gap = then - earlier
     still = gap == 0  # a solver that visits a timestep twice
     share = ((clock - then) / torch.where(still, 1, gap)).clamp(0, _REACH) * ~still
@@ -56,16 +61,20 @@ def blended(gate: Tensor, fresh: Value, stored: Value) -> Value:
 
 
 def combined(
-    call: Callable[[Tensor, Tensor], Tensor], one: Value, other: Value, seen: dict[int, Tensor] | None = None
+    call: Callable[[Tensor, Tensor], Tensor],
+    one: Value,
+    other: Value,
+    seen: list[tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Value:
-    """`call` on pairs of tensors of two values of one structure; a tensor that occurs twice is computed once."""
-    seen = {} if seen is None else seen
+    """`call` on pairs of tensors of two values of one structure; a pair that occurs twice is computed once."""
+    seen = [] if seen is None else seen
     if isinstance(one, tuple):
         return tuple(combined(call, a, b, seen) for a, b in zip(one, other, strict=True))
-    key = id(one)
-    if key not in seen:
-        seen[key] = call(one, other)
-    return seen[key]
+    for a, b, result in seen:  # by identity without its number, for which the compiler would make a graph each
+        if a is one and b is other:
+            return result
+    seen.append((one, other, call(one, other)))
+    return seen[-1][2]
 
 
 def per_sample(gate: Tensor, like: Tensor) -> Tensor:

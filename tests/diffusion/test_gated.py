@@ -327,10 +327,11 @@ def test_guidance_batched_and_in_turn_agree(make: Any, granularity: str, mode: A
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reuse", ["last", "linear"])
 @pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
-def test_every_pattern_is_a_graph_without_breaks(make: Any, granularity: str, mode: Any) -> None:
+def test_every_pattern_is_a_graph_without_breaks(make: Any, granularity: str, mode: Any, reuse: Any) -> None:
     dense = make()
-    pruned: Any = gated(dense, schedule(dense, granularity, mode, 0.5, steps=3), PROCESS)
+    pruned: Any = gated(dense, replace(schedule(dense, granularity, mode, 0.5, steps=3), reuse=reuse), PROCESS)
     x, t = torch.randn(3, 1, 32, 32), torch.tensor([900, 900, 900])
     with torch.no_grad():
         pruned.at_step(0, 3)
@@ -342,21 +343,52 @@ def test_every_pattern_is_a_graph_without_breaks(make: Any, granularity: str, mo
                 torch._dynamo.reset()
 
 
+def compiled_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 @torch._dynamo.config.patch(recompile_limit=8)  # which some libraries raise when they are imported
-def test_compiled_paths_give_the_same_images_from_one_graph_each() -> None:
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+def test_compiled_paths_give_the_same_images_from_one_graph_each(reuse: Any) -> None:
     dense = tiny_dit()
-    chosen = schedule(dense, "half", "residual", 0.5, steps=30)
+    chosen = replace(schedule(dense, "half", "residual", 0.5, steps=30), reuse=reuse)
     assert len(chosen.patterns()) > torch._dynamo.config.recompile_limit, "more than one code object would get"
     pruned: Any = gated(dense, chosen, PROCESS)
     expected = draw(pruned, Sampler(steps=30))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     pruned.compile_paths(backend="eager", fullgraph=True)
-    torch.testing.assert_close(draw(pruned, Sampler(steps=30)), expected, rtol=0, atol=1e-6)
-    draw(pruned, Sampler(steps=30))
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == len([row for row in chosen.patterns() if any(row)])
+    for _ in range(3):
+        torch.testing.assert_close(draw(pruned, Sampler(steps=30)), expected, rtol=0, atol=1e-6)
+    assert compiled_graphs() == graphs_needed(chosen)
     torch._dynamo.reset()
+
+
+@torch._dynamo.config.patch(recompile_limit=8)
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_no_trajectory_after_the_first_compiles_anything(make: Any, granularity: str, mode: Any, reuse: Any) -> None:
+    """Nor does a step, whichever steps stored what it reads."""
+    dense = make()
+    chosen = replace(schedule(dense, granularity, mode, 0.7, steps=3), reuse=reuse)
+    full, one, other = chosen.rows
+    rows = (full, one, other, other, one, full, other, one)
+    chosen = replace(chosen, rows=rows)
+    pruned: Any = gated(dense, chosen, PROCESS)
+    expected = draw(pruned, Sampler(steps=len(rows)))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pruned.compile_paths(backend="eager", fullgraph=True)
+    for _ in range(4):
+        torch.testing.assert_close(draw(pruned, Sampler(steps=len(rows))), expected, rtol=0, atol=1e-5)
+        assert compiled_graphs() == graphs_needed(chosen)
+    torch._dynamo.reset()
+
+
+def graphs_needed(chosen: GateSchedule) -> int:
+    """One a pattern; where lines are drawn, one more for the first step, before which nothing is stored."""
+    again = chosen.reuse == "linear" and any(map(all, chosen.rows[1:]))
+    return len([row for row in chosen.patterns() if any(row)]) + again
 
 
 def test_a_schedule_of_other_blocks_is_refused() -> None:

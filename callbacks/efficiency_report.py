@@ -20,6 +20,7 @@ from lightning_prune.callbacks.progress import sampling_progress
 from lightning_prune.callbacks.run_record import RunRecord
 from lightning_prune.callbacks.stop_on_signal import stop_between_batches
 from lightning_prune.diffusion.conditions import Condition
+from lightning_prune.diffusion.gated import check_solver
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
@@ -109,6 +110,7 @@ class EfficiencyReport(Callback):
         self._others = {name: load(folder) for name, folder in self.beside.items()}
         for name, network in self._others.items():
             _check_calls(name, network, pl_module.process, self.settings.sampler)  # type: ignore[arg-type]
+            check_solver(network, self.settings.sampler)
         self._evaluator = Evaluator(trainer.datamodule, self.measurement)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -42,13 +42,17 @@ class World:
         """The batches that this process takes, in order."""
         return (self.batch(turn, batches) for turn in range(self.turns(batches)))
 
-    def merge(self, parts: dict[int, T]) -> list[T]:
-        """What all processes computed, by batch, in the order of batches, on every process."""
-        gathered: list[Any] = [parts]
+    def gather(self, part: T) -> list[T]:
+        """What every process has, by rank, on every process."""
+        gathered: list[Any] = [part]
         if self.size > 1:
             gathered = [None] * self.size
-            distributed.all_gather_object(gathered, parts)
+            distributed.all_gather_object(gathered, part)
+        return gathered
+
+    def merge(self, parts: dict[int, T]) -> list[T]:
+        """What all processes computed, by batch, in the order of batches, on every process."""
         merged: dict[int, T] = {}
-        for part in gathered:
+        for part in self.gather(parts):
             merged.update(part)
         return [merged[index] for index in sorted(merged)]

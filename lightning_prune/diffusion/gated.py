@@ -16,6 +16,7 @@ from lightning_prune.diffusion.gating import Gating, install, sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.recall import Slot, Value, read, store
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.protocols import InputError
 
 Path = Callable[[Tensor, Tensor, Condition, list[Slot]], tuple[Tensor, list[Slot]]]
@@ -81,6 +82,7 @@ class StepGated(nn.Module):
     """The class of a gated denoiser has this in front of its family's."""
 
     schedule: GateSchedule
+    solver: str | None  # what the schedule was found for, in the words of `Sampler.describe`
     _gating: Gating
     _skipped_step: SkippedStep
     _paths: _Compiled
@@ -136,13 +138,16 @@ class StepGated(nn.Module):
                 self._paths[row] = torch.compile(self.path(row), **options)
 
 
-def gated(denoiser: Denoiser, schedule: GateSchedule, process: Process | None = None) -> Denoiser:
+def gated(
+    denoiser: Denoiser, schedule: GateSchedule, process: Process | None = None, solver: str | None = None
+) -> Denoiser:
     """A denoiser that runs a schedule, beside an untouched one with the same weights.
 
     Args:
         denoiser: the dense network, whose parameters are shared, not copied.
         schedule: which blocks run at which step.
         process: how predictions are read, for steps that are skipped as a whole; see `SkippedStep`.
+        solver: the only solver it is to be sampled by, in the words of `Sampler.describe`; None leaves that open.
 
     Raises:
         InputError: a schedule for other blocks, or linear reuse without a process.
@@ -156,11 +161,17 @@ def gated(denoiser: Denoiser, schedule: GateSchedule, process: Process | None = 
     gating = install(copy.network, graph, schedule.cache_mode, schedule.reuse)
     family: Any = type(copy)
     copy.__class__ = _gated_family(family)
-    copy.schedule, copy._gating = schedule, gating
+    copy.schedule, copy.solver, copy._gating = schedule, solver, gating
     copy._skipped_step = SkippedStep(process, schedule.reuse)
     copy._paths, copy._index, copy._turn, copy._slots, copy._memory = _Compiled(), 0, 0, {}, {}
     result: Denoiser = copy
     return result
+
+
+def check_solver(denoiser: nn.Module, sampler: Sampler) -> None:
+    """Raise `InputError` where a denoiser runs a schedule of gates that was found for another solver."""
+    if isinstance(denoiser, StepGated) and denoiser.solver not in (None, sampler.describe()):
+        raise InputError(f"gates: the schedule is for {denoiser.solver}, not {sampler.describe()}")
 
 
 @cache

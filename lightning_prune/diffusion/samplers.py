@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.diffusion.conditions import Condition, move, stack
+from lightning_prune.diffusion.gated import check_solver
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.models.base import guide_every_channel
 from lightning_prune.diffusion.process import Process
@@ -102,7 +103,11 @@ def sample_images(
     """Samples [B, C, H, W] of `denoiser` for sample `ids` [B] and their conditions, on the denoiser's device.
 
     The denoiser is left in the mode it was in. One whose work depends on the step is told each before it runs.
+
+    Raises:
+        InputError: gates for another solver or number of network calls.
     """
+    check_solver(denoiser, sampler)
     device = next(denoiser.parameters()).device
     calls = sampler.calls(process)
     was_training = denoiser.training

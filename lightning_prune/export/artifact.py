@@ -2,6 +2,7 @@
 
     config.json  diffusion_pytorch_model.safetensors     what `from_pretrained` of the diffusers class reads
     gates.json                                           which blocks run at which step, where a schedule was found
+    gates-<budget>.json                                  the like for every further budget of the same search
     pruning.json                                         the manifest: what was done, checksums of every file
 
 Masked weights are written as dense tensors with valid zeros: any tool loads them. Stages of slim networks have
@@ -108,21 +109,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(path: str | Path, device: str | None = None) -> Denoiser:
+def load(path: str | Path, device: str | None = None, gates: str = GATES) -> Denoiser:
     """Return the denoiser of an artefact, in evaluation mode; under its schedule of gates where it has one.
 
     Args:
         path: the artefact's folder.
         device: where to; there, packed 2:4 layers run on sparse kernels, in the type they were packed in. Null leaves
             the network where it is built, with zeros in the place of what was packed away.
+        gates: file name of the schedule to run, where it has several.
 
     Raises:
-        InputError: a missing, damaged or newer artefact, a network class no backbone file describes, or packed layers
+        InputError: a schedule that is not there, a missing, damaged or newer artefact, a network class no backbone file describes, or packed layers
             for a device without a sparse kernel.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    denoiser = _read(folder, manifest).eval()
+    if gates != GATES and gates not in manifest["files"]:
+        raise InputError(f"{folder / gates}: no schedule of this artefact")
+    denoiser = _read(folder, manifest, gates).eval()
     if device is None:
         return denoiser
     if "semi_structured" in manifest:
@@ -130,7 +134,7 @@ def load(path: str | Path, device: str | None = None) -> Denoiser:
     return denoiser.to(device)
 
 
-def _read(folder: Path, manifest: Mapping[str, Any]) -> Denoiser:
+def _read(folder: Path, manifest: Mapping[str, Any], gates: str) -> Denoiser:
     name, arguments = manifest["base"]["class"], manifest["base"].get("arguments", {})
     if name not in families():
         raise InputError(f"{folder / MANIFEST}: no backbone is known for {name}")
@@ -139,6 +143,6 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> Denoiser:
     if "semi_structured" in manifest:
         return packed.read_packed(families()[name], folder, manifest)
     denoiser: Denoiser = families()[name](weights=str(folder), **arguments)
-    if GATES in manifest["files"]:
-        denoiser = apply_gates(denoiser, folder / GATES, Process.from_scheduler(manifest["sampler"]))
+    if gates in manifest["files"]:
+        denoiser = apply_gates(denoiser, folder / gates, Process.from_scheduler(manifest["sampler"]))
     return denoiser

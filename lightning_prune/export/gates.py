@@ -19,6 +19,7 @@ from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.metrics.block_costs import traced_costs
 from lightning_prune.protocols import InputError
 
 GATES = "gates.json"
@@ -66,6 +67,11 @@ class GateFile:
         }
         rows = ",\n    ".join(json.dumps([int(runs) for runs in row]) for row in self.schedule.rows)
         return json.dumps(content, indent=2)[:-2] + f',\n  "gates": [\n    {rows}\n  ]\n}}\n'
+
+
+def gates_of(budget: str) -> str:
+    """Name of the file with the schedule of a further budget."""
+    return f"gates-{budget}.json"
 
 
 def read_gates(file: Path) -> GateFile:
@@ -118,24 +124,25 @@ def apply_gates(
 
     Args:
         denoiser: the network the schedule was found for.
-        file: `gates.json`.
+        file: `gates.json`, or the file of a further budget.
         process: how predictions are read.
         sampler: the sampler it is to run with; null is the schedule's own.
-        remap: stretch the schedule to another sampler or number of steps instead of refusing it.
+        remap: stretch the schedule to another sampler, number of steps or guidance instead of refusing it.
 
     Raises:
         InputError: a damaged file, or a schedule for another network, scheduler, number of steps or guidance.
     """
     found = read_gates(file)
-    scheduler = found.scheduler if sampler is None else solver_config(sampler, process)
-    calls = found.schedule.steps if sampler is None else sampler.calls(process)
-    guidance = found.guidance if sampler is None else sampler.guidance
-    if remap:
-        return gated(denoiser, found.schedule.remapped(calls), process)
-    if dict(scheduler) != dict(found.scheduler):
-        raise InputError(f"{file}: the schedule is for {found.scheduler.get('solver')}, not {scheduler.get('solver')}")
-    if calls != found.schedule.steps:
-        raise InputError(f"{file}: the schedule is for {found.schedule.steps} network calls, not {calls}")
-    if fingerprint(denoiser, scheduler, calls, guidance) != found.fingerprint:
+    own, calls = found.schedule, found.schedule.steps if sampler is None else sampler.calls(process)
+    solver = found.scheduler.get("solver") if sampler is None else sampler.describe()
+    guidance = found.guidance if sampler is None or remap else sampler.guidance
+    if not remap and solver != found.scheduler.get("solver"):
+        raise InputError(f"{file}: the schedule is for {found.scheduler.get('solver')}, not {solver}")
+    if not remap and calls != own.steps:
+        raise InputError(f"{file}: the schedule is for {own.steps} network calls, not {calls}")
+    scheduler = {"solver": found.scheduler.get("solver"), **process.scheduler_config}
+    if fingerprint(denoiser, scheduler, own.steps, guidance) != found.fingerprint:
         raise InputError(f"{file}: the schedule is for other weights, another process or another kind of guidance")
-    return gated(denoiser, found.schedule, process)
+    if remap and calls != own.steps:
+        own = own.remapped(calls, traced_costs(denoiser, own.granularity, own.cache_mode))
+    return gated(denoiser, own, process, solver)

@@ -19,6 +19,15 @@ from lightning_prune.pruning.budget import solve
 Control = Literal[
     "fewer-steps", "kept-steps", "dpm-solver++", "dpm-solver++-kept", "whole-steps", "uniform-reuse", "random-gates"
 ]
+# Compared with where nothing is said, as far as the sampler and the process have them.
+_USUAL: tuple[Control, ...] = (
+    "fewer-steps",
+    "kept-steps",
+    "dpm-solver++",
+    "dpm-solver++-kept",
+    "uniform-reuse",
+    "random-gates",
+)
 # Times the largest score: full steps come before any part of another.
 _CERTAIN = 1e3
 
@@ -43,8 +52,43 @@ class GateProblem:
         return GateSchedule(self.graph.granularity, self.mode, self.graph.names, tuple(rows), self.reuse)
 
     def affordable_steps(self, budget: float) -> int:
-        """How many dense steps cost at most a budget; at least one."""
+        """How many dense network calls cost at most a budget; at least one."""
         return max(1, int(budget * self.steps + 1e-9))
+
+
+def controls(asked: Sequence[Control] | None, sampler: Sampler, process: Process) -> list[Control]:
+    """The controls asked for; None is the usual ones that there are for a sampler and a process.
+
+    Raises:
+        InputError: one asked for that there is not.
+    """
+    if asked is None:
+        return [name for name in _USUAL if _lacking(name, sampler, process) is None]
+    for name in asked:
+        if reason := _lacking(name, sampler, process):
+            raise InputError(f"model.compare: {name}: {reason}")
+    return list(asked)
+
+
+def _lacking(name: Control, sampler: Sampler, process: Process) -> str | None:
+    """Why there is no such control; None if there is."""
+    try:
+        if name.endswith("kept") or name == "kept-steps":
+            replace(sampler, steps=1, timesteps=(0,))
+        if name.startswith("dpm-solver++"):
+            Sampler("dpm-solver++", 1).calls(process)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def fewer_steps(problem: GateProblem, calls: int) -> Sampler:
+    """The sampler with as many steps as make at most `calls` network calls, at least one."""
+    for steps in range(calls, 1, -1):
+        sampler = replace(problem.sampler, steps=steps, timesteps=None)
+        if sampler.calls(problem.process) <= calls:
+            return sampler
+    return replace(problem.sampler, steps=1, timesteps=None)
 
 
 def control(
@@ -52,17 +96,17 @@ def control(
 ) -> tuple[str, Variant]:
     """A row to report beside a schedule: its name, and what draws it.
 
-    * fewer-steps: the same sampler with as many steps as the budget pays for.
+    * fewer-steps: the same sampler with as many steps as the budget pays the network calls for.
     * kept-steps: the same sampler on the timesteps of the steps that the schedule keeps most of.
     * dpm-solver++: DPM-Solver++ with as many steps as the budget pays for.
     * dpm-solver++-kept: DPM-Solver++ on the timesteps of the steps that the schedule keeps most of.
     * whole-steps, uniform-reuse, random-gates: schedules of a rule, see `rule`.
     """
     count = problem.affordable_steps(budget)
-    label = f"{count} step" if count == 1 else f"{count} steps"
+    label = _steps(count)
     if name == "fewer-steps":
-        sampler = replace(problem.sampler, steps=count, timesteps=None)
-        return f"{problem.sampler.name} {label}", Variant(denoiser, sampler)
+        sampler = fewer_steps(problem, count)
+        return f"{sampler.name} {_steps(sampler.steps)}", Variant(denoiser, sampler)
     if name == "kept-steps":
         return f"{problem.sampler.name} {label} kept", Variant(denoiser, kept_steps(problem, learned, count))
     if name == "dpm-solver++":
@@ -73,6 +117,10 @@ def control(
         return f"dpm-solver++ {label} kept", Variant(denoiser, sampler)
     found = rule(name, problem, budget, seed)
     return f"{name} {budget:g}", Variant(gated(denoiser, found, problem.process))
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
 
 
 def kept_steps(problem: GateProblem, schedule: GateSchedule, count: int) -> Sampler:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -22,9 +23,10 @@ from lightning_prune.diffusion.samplers import OnStep, initial_noise, sample_ima
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.unroll import Unroll
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.export.gates import GATES, GateFile, fingerprint, solver_config
+from lightning_prune.export.gates import GATES, GateFile, fingerprint, gates_of, solver_config
+from lightning_prune.methods.dipgo.batches import by_process, own_batches, stored
 from lightning_prune.methods.dipgo.consistency import ConsistencyLoss, consistency
-from lightning_prune.methods.dipgo.controls import Control, GateProblem, as_whole_steps, control, rule
+from lightning_prune.methods.dipgo.controls import Control, GateProblem, as_whole_steps, control, controls, rule
 from lightning_prune.methods.dipgo.gate_sampling import (
     DrawnGates,
     budgeted_gates,
@@ -39,18 +41,11 @@ from lightning_prune.module import Batch, LrSchedule, PruningModule
 from lightning_prune.protocols import InputError, Plan
 from lightning_prune.pruning.budget import bisect_threshold, greedy_cascades, nested, solve
 from lightning_prune.seeds import derive
+from lightning_prune.world import World
 
 _NOISE_STREAM = 7  # training noise is never that of an evaluation
 _RECENT = 4  # batches of training that a refinement measures on
 _OPEN = 2.0  # where scores of blocks begin under gates of steps
-_CONTROLS: tuple[Control, ...] = (
-    "fewer-steps",
-    "kept-steps",
-    "dpm-solver++",
-    "dpm-solver++-kept",
-    "uniform-reuse",
-    "random-gates",
-)
 
 
 class DiPGO(PruningModule):
@@ -87,7 +82,8 @@ class DiPGO(PruningModule):
         full_steps: refine among schedules that run a step in full or not at all, but for one that spends what is left
             of the budget.
         noises: how many different starting noises training sees; null gives every sample its own.
-        compare: rows to report beside the result, see `controls.control`.
+        compare: rows to report beside the result, see `controls.control`; null is all there are for the sampler and
+            the process but "whole-steps".
         checkpoint_blocks: recompute blocks inside recomputed steps, too.
         lr_schedule: shape of the learning rate after the warm-up.
         warmup_steps: steps of linear warm-up.
@@ -142,8 +138,8 @@ class DiPGO(PruningModule):
         if full_steps and not (refine and whole_steps):
             raise InputError("model.full_steps: needs model.refine, and model.whole_steps to skip the others")
         self.step_gates = step_gates and preset == "budgeted"
-        self.compare = list(_CONTROLS) if compare is None else compare
         _check(sampler, process, self.budgets, temperature, collapse_weight, noises)
+        self.compare = controls(compare, sampler, process)
         self.budget_range = budget_range or (min(self.budgets) * 2 / 3, min(1.0, max(self.budgets) * 1.2))
         graph = denoiser.blocks(granularity).in_mode(cache_mode)
         costs = traced_costs(denoiser, granularity, cache_mode)
@@ -252,6 +248,12 @@ class DiPGO(PruningModule):
         return super().configure_optimizers()
 
     def on_fit_start(self) -> None:
+        self._check_callbacks()
+
+    def on_test_start(self) -> None:
+        self._check_callbacks()
+
+    def _check_callbacks(self) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             settings = getattr(callback, "settings", callback)
             drawn = getattr(settings, "sampler", self.problem.sampler)
@@ -263,9 +265,18 @@ class DiPGO(PruningModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self.refine and self.trainer.max_steps < 1:
+        last, end = self.trainer.max_steps, self.trainer.estimated_stepping_batches
+        if self.refine and last < 1:
             raise InputError("model.refine: follows the last step, so trainer.max_steps has to say which that is")
+        if self.refine and end < last:
+            raise InputError(f"model.refine: follows step {last}, but trainer.max_epochs ends the fit at step {end:g}")
         self._refined = {}  # a finished search that goes on is refined anew
+
+    def on_train_end(self) -> None:
+        if self.refine and not self._refined:
+            steps = f"step {self.trainer.global_step} of {self.trainer.max_steps}"
+            rank_zero_warn(f"model.refine: the fit ended at {steps}, so the result is not refined")
+        super().on_train_end()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -330,13 +341,16 @@ class DiPGO(PruningModule):
         return super().load_state_dict({**super().state_dict(), **state_dict}, strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["teacher"] = self.teacher.state()
-        checkpoint["recent"] = [{"id": batch["id"].cpu(), "cond": move(batch["cond"], "cpu")} for batch in self._recent]
+        # Of every process, whose batches and images are its own; all of them come here together.
+        world = World.current()
+        checkpoint["teacher"] = world.gather(self.teacher.state())
+        checkpoint["recent"] = world.gather(stored(self._recent))
         checkpoint["refined"] = self._refined
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.teacher.restore(checkpoint.get("teacher", {}))
-        self._recent.extend(checkpoint.get("recent", []))
+        for state in by_process(checkpoint.get("teacher")):
+            self.teacher.restore(state)
+        self._recent.extend(own_batches(checkpoint.get("recent")))
         self._refined = dict(checkpoint.get("refined", {}))
 
     # Planned
@@ -354,15 +368,27 @@ class DiPGO(PruningModule):
     # Results
 
     def schedules(self) -> dict[str, GateSchedule]:
-        """The schedule of every budget as scores stand now, by budget; the result is last."""
+        """The schedule of every budget as scores stand now, by budget; the result is last.
+
+        Raises:
+            InputError: a budget that the refinement of a checkpoint was not for.
+        """
         with torch.no_grad():
             self.pruner.eval()
             scores = self._scores().float().cpu()
         self.pruner.train(self.training)
-        chosen = self._refined or self._select(scores)
+        chosen = self._of_refined() if self._refined else self._select(scores)
         found = {f"{budget:g}": self.problem.schedule(rows) for budget, rows in chosen.items()}
         result = found.pop(f"{self.budget:g}")
         return {**found, f"{self.budget:g}": result}
+
+    def _of_refined(self) -> dict[float, tuple[Row, ...]]:
+        by_name = {f"{budget:g}": rows for budget, rows in self._refined.items()}
+        for budget in self.budgets:
+            if f"{budget:g}" not in by_name:
+                key = "model.budget" if budget == self.budget else "model.further_budgets"
+                raise InputError(f"{key}: {budget:g} is none of the budgets that were refined, {', '.join(by_name)}")
+        return {budget: by_name[f"{budget:g}"] for budget in self.budgets}
 
     def _select(self, scores: Tensor) -> dict[float, Any]:
         graph, costs = self.problem.graph, self.problem.costs
@@ -406,19 +432,23 @@ class DiPGO(PruningModule):
         return {"aten": self.problem.costs.kept(rows)}
 
     def artifact_files(self) -> dict[str, str]:
-        """`gates.json` of the result."""
-        schedule, sampler = self.schedules()[f"{self.budget:g}"], self.problem.sampler
-        scheduler = solver_config(sampler, self.process)
-        module = traced_costs(self.denoiser, schedule.granularity, schedule.cache_mode, "module")
-        file = GateFile(
-            schedule=schedule,
-            fingerprint=fingerprint(self.denoiser, scheduler, schedule.steps, sampler.guidance),
-            scheduler=scheduler,
-            guidance=sampler.guidance,
-            budget=self.budget,
-            macs_kept={"aten": self.problem.costs.kept(schedule.rows), "module": module.kept(schedule.rows)},
-        )
-        return {GATES: file.text()}
+        """`gates.json` of the result, and `gates-<budget>.json` of every further budget."""
+        sampler, schedules = self.problem.sampler, self.schedules()
+        result, scheduler = schedules[f"{self.budget:g}"], solver_config(sampler, self.process)
+        module = traced_costs(self.denoiser, result.granularity, result.cache_mode, "module")
+        origin = fingerprint(self.denoiser, scheduler, result.steps, sampler.guidance)
+        files = {}
+        for budget, schedule in schedules.items():
+            file = GateFile(
+                schedule=schedule,
+                fingerprint=origin,
+                scheduler=scheduler,
+                guidance=sampler.guidance,
+                budget=float(budget),
+                macs_kept={"aten": self.problem.costs.kept(schedule.rows), "module": module.kept(schedule.rows)},
+            )
+            files[GATES if schedule is result else gates_of(budget)] = file.text()
+        return files
 
 
 def _words(sampler: Sampler) -> str:

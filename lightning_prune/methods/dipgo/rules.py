@@ -12,6 +12,7 @@ from lightning_prune.blocks import CacheMode, GateSchedule, Reuse
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.methods.dipgo.batches import own_batches, stored
 from lightning_prune.methods.dipgo.consistency import ConsistencyLoss
 from lightning_prune.methods.dipgo.controls import Control, GateProblem, rule
 from lightning_prune.methods.dipgo.module import DiPGO
@@ -19,6 +20,7 @@ from lightning_prune.module import Batch
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.budget import solve
 from lightning_prune.seeds import derive
+from lightning_prune.world import World
 
 Scores = list[list[float]]
 Loss = Callable[[GateSchedule], float]
@@ -85,12 +87,23 @@ class GateRule(DiPGO):
             self._calibration.append(batch)
 
     def on_train_epoch_end(self) -> None:
-        loss, chance = self.measured(self._calibration), random.Random(derive(self.seed, 6))
+        if not self._calibration:  # nothing to search for, or a checkpoint from behind the search: scores stand
+            return
+        batches = [self._on_device(batch) for batch in self._calibration]
+        loss, chance = self.measured(batches), random.Random(derive(self.seed, 6))
         if self.search == "greedy":
             self._found(shut_alone(loss, self.problem))
         elif self.search == "genetic":
             self._found(bred(loss, self.problem, self.budget, self.population, self.generations, chance))
         self._calibration.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["calibration"] = World.current().gather(stored(self._calibration))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._calibration = own_batches(checkpoint.get("calibration"))
 
     def _found(self, scores: Scores) -> None:
         with torch.no_grad():

@@ -42,7 +42,7 @@ class Teacher:
         return {"keys": torch.tensor(list(self._kept)), "images": torch.stack(list(self._kept.values()))}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Keep what `state` gave."""
+        """Keep what `state` gave, too."""
         if state:
             keys = [(int(noise), int(sample)) for noise, sample in state["keys"].tolist()]
-            self._kept = dict(zip(keys, state["images"].clone().unbind(0), strict=True))
+            self._kept |= dict(zip(keys, state["images"].clone().unbind(0), strict=True))

@@ -7,9 +7,11 @@ called *running*.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import accumulate
 from typing import Literal, get_args
 
 from lightning_prune.protocols import InputError
@@ -202,9 +204,70 @@ class GateSchedule:
         """Whether every step runs in full or not at all: a plain sampler with fewer steps, in other words."""
         return all(all(row) or not any(row) for row in self.rows)
 
-    def remapped(self, steps: int) -> GateSchedule:
-        """The schedule stretched to another number of steps: each takes the row of the nearest position."""
+    def remapped(self, steps: int, costs: BlockCosts | None = None) -> GateSchedule:
+        """The schedule stretched to another number of steps: each takes the row of the nearest position.
+
+        Rows that keep a greater share of MACs than the schedule did are replaced by cheaper ones. Where the first step
+        alone does, which runs in full, a warning says what is kept.
+
+        Args:
+            steps: network calls.
+            costs: MACs of the blocks; None counts every block alike.
+
+        Raises:
+            InputError: no steps.
+        """
         if steps < 1:
             raise InputError(f"gates: cannot be remapped to {steps} steps")
+        costs = costs or BlockCosts((1,) * len(self.blocks), 0)
         scale = (self.steps - 1) / max(1, steps - 1)
-        return replace(self, rows=tuple(self.rows[round(step * scale)] for step in range(steps)))
+        places, kept = [round(step * scale) for step in range(steps)], costs.kept(self.rows)
+        share = _running_share([costs.step(row) for row in self.rows])
+        rows, spread = [self.rows[place] for place in places], [share[place] for place in places]
+        found = _within(rows, self.patterns(), costs, kept * (1 + 1e-9), spread)
+        if costs.kept(found) > kept * (1 + 1e-9):
+            warnings.warn(
+                f"gates: remapped to {steps} steps the schedule keeps {costs.kept(found):.3f} of the MACs, "
+                f"not {kept:.3f}, as its first step runs in full",
+                stacklevel=2,
+            )
+        return replace(self, rows=tuple(found))
+
+
+def _within(
+    rows: Sequence[Row], patterns: Sequence[Row], costs: BlockCosts, share: float, spread: Sequence[float]
+) -> list[Row]:
+    """Rows that keep at most a share of the MACs, but for the first: one after the other becomes a cheaper pattern.
+
+    The smallest change that is enough is made, or the greatest there is; of equal ones, that after which MACs are
+    spread over the steps most as they should be: `spread` has, of all, those up to every step.
+    """
+    none = (False,) * len(costs.blocks)
+    cheaper = sorted({*patterns, none}, key=costs.step)
+    found, spent = list(rows), [costs.step(row) for row in rows]
+    while (excess := sum(spent) - share * costs.dense * len(rows)) > 0:
+        saved = {
+            (step, row): spent[step] - costs.step(row)
+            for step in range(1, len(rows))
+            for row in cheaper
+            if costs.step(row) < spent[step]
+        }
+        if not saved:
+            break
+        enough = [amount for amount in saved.values() if amount >= excess]
+        wanted = min(enough) if enough else max(saved.values())
+        changes = [change for change, amount in saved.items() if amount == wanted]
+        step, row = min(changes, key=lambda change: _distance(spent, change[0], saved[change], spread))
+        found[step], spent[step] = row, costs.step(row)
+    return found
+
+
+def _running_share(spent: Sequence[int]) -> list[float]:
+    """Of all MACs, those up to every step."""
+    return [part / sum(spent) for part in accumulate(spent)]
+
+
+def _distance(spent: Sequence[int], step: int, saved: int, spread: Sequence[float]) -> float:
+    """How far the running share of MACs is from `spread` once a step saves some."""
+    after = _running_share([cost - saved * (index == step) for index, cost in enumerate(spent)])
+    return sum(abs(one - other) for one, other in zip(after, spread, strict=True))

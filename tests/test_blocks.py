@@ -140,5 +140,28 @@ def test_a_schedule_is_closed_and_begins_in_full() -> None:
 def test_remapping_keeps_the_place_in_the_trajectory() -> None:
     schedule = GateSchedule.of(CHAIN, "output", [[1, 1, 1], *[[0, 0, 1]] * 4, *[[0, 0, 0]] * 4, [1, 1, 1]])
     assert schedule.remapped(10) == schedule
-    assert schedule.remapped(4).rows == tuple(schedule.rows[i] for i in (0, 3, 6, 9))
-    assert schedule.remapped(1).rows == (CHAIN.full(),)
+    assert schedule.remapped(19).rows == tuple(schedule.rows[round(step / 2)] for step in range(19))
+    even = GateSchedule.of(CHAIN, "output", [[1, 1, 1], [0, 0, 1]] * 5)
+    costs = BlockCosts((5, 4, 1), 2)
+    assert even.remapped(20, costs).rows[::2] == even.rows
+
+
+@pytest.mark.parametrize("steps", [5, 10, 11, 13, 25, 49, 51, 99])
+@pytest.mark.parametrize("kind", ["whole", "parts"])
+def test_remapping_keeps_no_greater_share_of_macs(steps: int, kind: str) -> None:
+    between = [0, 0, 0] if kind == "whole" else [0, 0, 1]
+    schedule = GateSchedule.of(CHAIN, "output", [between if step % 5 else [1, 1, 1] for step in range(50)])
+    costs = BlockCosts((50, 40, 10), 3)
+    found = schedule.remapped(steps, costs).rows
+    assert costs.kept(found) <= costs.kept(schedule.rows) + 1e-9
+    assert costs.kept(found) > costs.kept(schedule.rows) - costs.dense / (costs.dense * steps)
+    assert all(found[0])
+    assert {*found} <= {*schedule.rows, (False,) * 3}
+    if (steps, kind) == (11, "whole"):  # nearest are full ones to the first five
+        assert [step for step, row in enumerate(found) if all(row)] == [0, 4]
+
+
+def test_remapping_to_too_few_steps_says_what_they_keep() -> None:
+    schedule = GateSchedule.of(CHAIN, "output", [[0, 0, 0] if step % 5 else [1, 1, 1] for step in range(50)])
+    with pytest.warns(UserWarning, match=r"remapped to 3 steps the schedule keeps 0\.333 of the MACs, not 0\.200"):
+        assert schedule.remapped(3).rows == (CHAIN.full(), (False,) * 3, (False,) * 3)

@@ -119,8 +119,8 @@ def load(path: str | Path, device: str | None = None, gates: str = GATES) -> Den
         gates: file name of the schedule to run, where it has several.
 
     Raises:
-        InputError: a schedule that is not there, a missing, damaged or newer artefact, a network class no backbone file describes, or packed layers
-            for a device without a sparse kernel.
+        InputError: a schedule that is not there, a missing, damaged or newer artefact, a network class no backbone file
+            describes, or packed layers for a device without a sparse kernel.
     """
     folder = Path(path)
     manifest = read_manifest(folder)

@@ -77,7 +77,8 @@ def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_t
         pipeline: a diffusers pipeline with a `transformer` or `unet` of a family known here.
         file: the schedule.
         calls_a_step: network calls a step: 1, or 2 where guidance calls twice instead of doubling the batch.
-        remap_to: stretch the schedule to this number of network calls, of whatever solver the pipeline has.
+        remap_to: stretch the schedule to this number of network calls, of whatever solver the pipeline has, at no
+            greater share of gates, for what blocks cost is not counted here.
 
     Raises:
         InputError: no such network, a schedule for other blocks, another noise schedule or another solver; when run,

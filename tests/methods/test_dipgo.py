@@ -1,16 +1,19 @@
 """DiP-GO in training and after: what trains, what resumes, what it leaves behind and who may use it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
 import lightning_prune
 from lightning_prune.blocks import GateSchedule
-from lightning_prune.callbacks import ArtifactWriter, GateMap, SampleGrid
+from lightning_prune.callbacks import ArtifactWriter, EfficiencyReport, GateMap, SampleGrid
+from lightning_prune.data import EmbeddedFashion
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
@@ -18,6 +21,7 @@ from lightning_prune.export.gates import apply_gates, read_gates
 from lightning_prune.methods.dipgo import DiPGO
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError
+from lightning_prune.world import World
 from tests.factories import fit, tiny_dit, tiny_unet
 from tests.test_resume import SaveAt
 
@@ -253,6 +257,20 @@ def test_another_number_of_steps_is_refused_or_remapped(finished: Any) -> None:
         apply_gates(module.denoiser, file, PROCESS, Sampler(steps=6))
     stretched = apply_gates(module.denoiser, file, PROCESS, Sampler(steps=6), remap=True)
     assert torch.isfinite(draw(stretched, 6)).all()
+    assert module.costs.kept(stretched.schedule.rows) <= module.kept_fraction()["aten"]  # type: ignore[operator,union-attr,arg-type]
+
+
+def test_further_budgets_have_schedules_of_their_own(finished: Any) -> None:
+    module, folder = finished
+    names = {f"gates-{budget:g}.json" for budget in module.further_budgets}
+    assert {file.name for file in (folder / "artifact").glob("gates-*.json")} == names
+    for budget in module.further_budgets:
+        loaded: Any = lightning_prune.load(folder / "artifact", gates=f"gates-{budget:g}.json")
+        assert loaded.schedule == module.schedules()[f"{budget:g}"] != module.schedules()[f"{module.budget:g}"]
+        file = read_gates(folder / "artifact" / f"gates-{budget:g}.json")
+        assert module.budget < file.macs_kept["aten"] <= file.budget == budget
+    with pytest.raises(InputError, match=r"gates-0\.9\.json: no schedule of this artefact"):
+        lightning_prune.load(folder / "artifact", gates="gates-0.9.json")
 
 
 def test_another_network_solver_or_guidance_is_refused(finished: Any) -> None:
@@ -262,12 +280,31 @@ def test_another_network_solver_or_guidance_is_refused(finished: Any) -> None:
     with pytest.raises(InputError, match="other weights, another process or another kind of guidance"):
         apply_gates(other, file, PROCESS, Sampler(steps=4))
     with pytest.raises(InputError, match="other weights, another process or another kind of guidance"):
+        apply_gates(other, file, PROCESS, Sampler(steps=6), remap=True)
+    with pytest.raises(InputError, match="other weights, another process or another kind of guidance"):
+        apply_gates(module.denoiser, file, Process("linear", "v"), Sampler(steps=6), remap=True)
+    with pytest.raises(InputError, match="other weights, another process or another kind of guidance"):
         apply_gates(module.denoiser, file, PROCESS, Sampler(steps=4, guidance=2.0))
     with pytest.raises(InputError, match=r"for DDIM eta=0, trailing, not DPM-Solver\+\+"):
         apply_gates(module.denoiser, file, PROCESS, Sampler("dpm-solver++", 4))
     with pytest.raises(InputError, match="the schedule is for DDIM"):
         apply_gates(module.denoiser, file, Process("linear", "epsilon"), Sampler("dpm-solver++", 4))
     assert torch.isfinite(draw(apply_gates(module.denoiser, file, PROCESS, Sampler(steps=4)))).all()
+
+
+def test_another_solver_of_equally_many_calls_is_refused(finished: Any, tmp_path: Path) -> None:
+    module, folder = finished
+    loaded = lightning_prune.load(folder / "artifact")
+    other = Sampler("dpm-solver++", 4)
+    message = r"the schedule is for DDIM eta=0, trailing, not DPM-Solver\+\+\(2M\), trailing"
+    with pytest.raises(InputError, match=message):
+        sample_images(loaded, PROCESS, torch.arange(2), torch.arange(2), other)
+    file = folder / "artifact" / "gates.json"
+    remapped = apply_gates(module.denoiser, file, PROCESS, other, remap=True)
+    assert torch.isfinite(sample_images(remapped, PROCESS, torch.arange(2), torch.arange(2), other)).all()
+    report = EfficiencyReport(sampler="dpm-solver++", steps=4, beside={"other": str(folder / "artifact")})
+    with pytest.raises(InputError, match=message):  # before the run begins, not when it has ended
+        fit(tiny_dipgo(sampler=other), tmp_path, callbacks=[report])
 
 
 @pytest.mark.parametrize(
@@ -283,7 +320,7 @@ def test_another_network_solver_or_guidance_is_refused(finished: Any) -> None:
 def test_damaged_gates_name_the_file(change: Any, message: str, tmp_path: Path) -> None:
     module = tiny_dipgo()
     file = tmp_path / "gates.json"
-    (text,) = module.artifact_files().values()
+    text = module.artifact_files()["gates.json"]
     file.write_text(text)
     assert isinstance(read_gates(file).schedule, GateSchedule)
     file.write_text(json.dumps(json.loads(text) | change))
@@ -316,6 +353,131 @@ def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) 
 def test_callbacks_that_draw_with_another_sampler_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"SampleGrid draws by DDIM eta=0, trailing, 10 steps.*model\.sampler is .*4"):
         fit(tiny_dipgo(), tmp_path, callbacks=[SampleGrid()])
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[SampleGrid()], default_root_dir=tmp_path
+    )
+    with pytest.raises(InputError, match="SampleGrid draws by DDIM eta=0, trailing, 10 steps"):
+        trainer.test(tiny_dipgo(), datamodule=EmbeddedFashion(batch_size=8), verbose=False)
+
+
+# Controls that a sampler or a process does not have
+
+FLOW: dict[str, Any] = {"process": Process("flow", "flow", clip_sample=False), "sampler": Sampler("flow-euler", 4)}
+PLMS: dict[str, Any] = {"process": Process("linear", "epsilon", clip_sample=False), "sampler": Sampler("plms", 7)}
+
+
+def test_controls_are_those_there_are() -> None:
+    rules = ["uniform-reuse", "random-gates"]
+    assert tiny_dipgo(**FLOW).compare == ["fewer-steps", *rules]
+    assert tiny_dipgo(**PLMS).compare == ["fewer-steps", "dpm-solver++", *rules]
+    assert len(tiny_dipgo().compare) == 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "message"),
+    [
+        (FLOW, "kept-steps", "flow-euler takes no list of timesteps"),
+        (FLOW, "dpm-solver++", r"dpm-solver\+\+ cannot sample a flow process"),
+        (FLOW, "dpm-solver++-kept", ""),
+        (PLMS, "kept-steps", "plms takes no list of timesteps"),
+        (PLMS, "dpm-solver++-kept", "plms takes no list of timesteps"),
+    ],
+)
+def test_a_control_that_there_is_not_is_refused_at_once(setting: Any, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=rf"model\.compare: {re.escape(name)}: .*{message}"):
+        tiny_dipgo(**setting, compare=[name])
+
+
+def test_a_flow_is_searched_to_its_end(tmp_path: Path) -> None:
+    module = tiny_dipgo(**FLOW)
+    fit(module, tmp_path, max_steps=1, callbacks=[ArtifactWriter()])
+    names = [name for budget in ("0.7", "0.5") for name in (f"uniform-reuse {budget}", f"random-gates {budget}")]
+    assert {*names, "flow-euler 2 steps", "dipgo 0.5"} <= {*module.variants()}
+    assert (tmp_path / "artifact" / "gates.json").exists()
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
+def test_fewer_steps_cost_no_more_than_the_budget_where_calls_are_more_than_steps(budget: float) -> None:
+    module = tiny_dipgo(**PLMS, budget=budget, further_budgets=None, compare=["fewer-steps"])
+    dense, fewer, _ = module.variants().values()
+    assert fewer.sampler is not None
+    calls = fewer.sampler.calls(PLMS["process"])
+    assert calls <= budget * PLMS["sampler"].calls(PLMS["process"]) < calls + 2
+    assert fewer.denoiser is dense.denoiser
+
+
+# Refinement that does not come about, or was for something else
+
+
+def test_a_budget_that_was_not_refined_is_named(tmp_path: Path) -> None:
+    module = tiny_dipgo(refine=1)
+    fit(module, tmp_path, max_steps=1)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    other, fewer = tiny_dipgo(budget=0.6, further_budgets=[0.5]), tiny_dipgo(budget=0.7, further_budgets=None)
+    other.on_load_checkpoint(checkpoint)
+    with pytest.raises(InputError, match=r"model\.budget: 0\.6 is none of the budgets that were refined, 0\.7, 0\.5"):
+        other.variants()
+    fewer.on_load_checkpoint(checkpoint)
+    assert fewer.schedules() == {"0.7": module.schedules()["0.7"]}
+
+
+def test_a_fit_that_ends_before_its_refinement_is_refused_or_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_prune.methods.dipgo.module.rank_zero_warn", said.append)
+    with pytest.raises(
+        InputError, match=r"model\.refine: follows step 9, but trainer\.max_epochs ends the fit at step 2"
+    ):
+        fit(tiny_dipgo(refine=1), tmp_path, max_steps=9, max_epochs=1, limit_train_batches=2)
+
+    class Enough(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = True
+
+    fit(tiny_dipgo(refine=1), tmp_path, max_steps=3, callbacks=[Enough()])
+    assert said == ["model.refine: the fit ended at step 1 of 3, so the result is not refined"]
+    fit(tiny_dipgo(refine=1), tmp_path, max_steps=1)
+    assert len(said) == 1
+
+
+# Processes
+
+
+def test_every_process_gets_back_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tiny_dipgo(refine=1)
+    fit(module, tmp_path, max_steps=3)
+    own = [batch["id"].tolist() for batch in module._recent]
+
+    def both(self: World, part: Any) -> list[Any]:
+        """This process' part and that of another, whose batches came in another order and whose images differ."""
+        if isinstance(part, list):
+            return [part, part[::-1]]
+        return [part, {"keys": part["keys"] + 100_000, "images": -part["images"]}]
+
+    checkpoint: dict[str, Any] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(World, "gather", both)
+        module.on_save_checkpoint(checkpoint)
+
+    def restored(rank: int, size: int) -> DiPGO:
+        fresh = tiny_dipgo(refine=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(World, "current", lambda: World(rank, size))
+            fresh.on_load_checkpoint(checkpoint)
+        return fresh
+
+    found = [restored(rank, 2) for rank in (0, 1)]
+    assert [[batch["id"].tolist() for batch in one._recent] for one in found] == [own, own[::-1]]
+    assert found[0].teacher._kept.keys() == module.teacher._kept.keys()
+    assert found[0].teacher._kept.keys().isdisjoint(found[1].teacher._kept)
+    alone = restored(0, 1)
+    assert len(alone.teacher._kept) == 2 * len(module.teacher._kept)
+    assert [batch["id"].tolist() for batch in alone._recent] == [own[1], own[1], own[2], own[0]]
+    assert [[batch["id"].tolist() for batch in restored(rank, 3)._recent] for rank in range(3)] == [
+        [own[0], own[1]], [own[2], own[2]], [own[1], own[0]],
+    ]  # fmt: skip
 
 
 def test_plms_that_visits_a_timestep_twice_is_searched_by_its_calls(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.blocks import BlockCosts, CacheMode, GateSchedule
 from lightning_prune.diffusion.models.dit import DiT
@@ -188,3 +189,20 @@ def test_every_search_ends_with_a_schedule_within_its_budget(search: str, tmp_pa
         assert isinstance(scores, torch.Tensor)
         assert float(scores[1:].min()) >= 0
         assert float(scores[1:].max()) > 0
+
+
+def test_a_search_stopped_at_its_last_batch_is_taken_up_with_all_batches(tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def greedy(**trainer: Any) -> GateRule:
+        module = GateRule(tiny_dit(), PROCESS, Sampler(steps=3), "greedy", "half", "residual", 0.6)
+        fit(module, tmp_path, max_steps=-1, max_epochs=1, limit_train_batches=2, **trainer)
+        return module
+
+    whole = greedy(callbacks=[Save()], enable_checkpointing=True)
+    resumed = greedy(ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(resumed.state_dict()["pruner.scores"], whole.state_dict()["pruner.scores"])
+    assert resumed.schedules() == whole.schedules()

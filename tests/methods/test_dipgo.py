@@ -257,7 +257,7 @@ def test_another_number_of_steps_is_refused_or_remapped(finished: Any) -> None:
         apply_gates(module.denoiser, file, PROCESS, Sampler(steps=6))
     stretched = apply_gates(module.denoiser, file, PROCESS, Sampler(steps=6), remap=True)
     assert torch.isfinite(draw(stretched, 6)).all()
-    assert module.costs.kept(stretched.schedule.rows) <= module.kept_fraction()["aten"]  # type: ignore[operator,union-attr,arg-type]
+    assert module.costs.kept(stretched.schedule.rows) <= module.kept_fraction()["aten"]
 
 
 def test_further_budgets_have_schedules_of_their_own(finished: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_prune.blocks import BlockCosts, CacheMode, GateSchedule
 from lightning_prune.diffusion.models.dit import DiT
@@ -191,10 +191,11 @@ def test_every_search_ends_with_a_schedule_within_its_budget(search: str, tmp_pa
         assert float(scores[1:].max()) > 0
 
 
-def test_a_search_stopped_at_its_last_batch_is_taken_up_with_all_batches(tmp_path: Path) -> None:
-    class Save(Callback):
+@pytest.mark.parametrize("stopped_at", [0, 1])
+def test_a_search_stopped_at_a_batch_is_taken_up_with_all_batches(stopped_at: int, tmp_path: Path) -> None:
+    class Save(Checkpoint):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 1:
+            if batch_idx == stopped_at:
                 trainer.save_checkpoint(tmp_path / "last.ckpt")
 
     def greedy(**trainer: Any) -> GateRule:
@@ -203,6 +204,7 @@ def test_a_search_stopped_at_its_last_batch_is_taken_up_with_all_batches(tmp_pat
         return module
 
     whole = greedy(callbacks=[Save()], enable_checkpointing=True)
+    assert float(whole.pruner.scores.max()) > 0  # type: ignore[operator,union-attr]
     resumed = greedy(ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(resumed.state_dict()["pruner.scores"], whole.state_dict()["pruner.scores"])
     assert resumed.schedules() == whole.schedules()

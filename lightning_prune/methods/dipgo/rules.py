@@ -29,7 +29,7 @@ Loss = Callable[[GateSchedule], float]
 class GateRule(DiPGO):
     """A schedule by a rule, or by a search that measures the consistency of samples on calibration batches.
 
-    Nothing trains: every training batch is a calibration batch, and the search runs at the end of the one epoch
+    Nothing trains: every training batch is a calibration batch, and the search runs in the last step of the one epoch
     (`max_epochs: 1`, `limit_train_batches`).
 
     Args:
@@ -83,12 +83,14 @@ class GateRule(DiPGO):
         return []
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
-        if self.search in ("greedy", "genetic"):
-            self._calibration.append(batch)
-
-    def on_train_epoch_end(self) -> None:
-        if not self._calibration:  # nothing to search for, or a checkpoint from behind the search: scores stand
+        if self.search not in ("greedy", "genetic"):
             return
+        self._calibration.append({"id": batch["id"], "cond": batch["cond"]})
+        # Within the step, so that the checkpoint behind it holds the result: resumed there, an epoch has no end.
+        if self.trainer.is_last_batch:
+            self._search()
+
+    def _search(self) -> None:
         batches = [self._on_device(batch) for batch in self._calibration]
         loss, chance = self.measured(batches), random.Random(derive(self.seed, 6))
         if self.search == "greedy":

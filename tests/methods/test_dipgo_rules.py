@@ -204,7 +204,7 @@ def test_a_search_stopped_at_a_batch_is_taken_up_with_all_batches(stopped_at: in
         return module
 
     whole = greedy(callbacks=[Save()], enable_checkpointing=True)
-    assert float(whole.pruner.scores.max()) > 0  # type: ignore[operator,union-attr]
+    assert float(whole.pruner.scores.max()) > 0
     resumed = greedy(ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(resumed.state_dict()["pruner.scores"], whole.state_dict()["pruner.scores"])
     assert resumed.schedules() == whole.schedules()

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 
 from lightning_prune.cli import bench_text
 from lightning_prune.cli.bench_networks import DTYPES, Pair, Task, load_pair
+from lightning_prune.diffusion.solvers import SamplerName
 from lightning_prune.metrics.latency import (
     INTERVAL,
     Timing,
@@ -43,7 +44,7 @@ def run(args: Sequence[str]) -> int:
     # Before any work of our own, so that the load average is that of others.
     facts = {"machine": machine(device), "versions": versions()}
     pair = load_pair(options.artifact, options.against, options.subfolder)
-    task = Task(pair.process(), options.steps, options.guidance)
+    task = Task(pair.process(), options.steps, options.guidance, options.sampler)
     result = {
         "schema": SCHEMA,
         "command": shlex.join(["lightning_prune", "bench", *args]),
@@ -79,7 +80,8 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--modes", nargs="+", choices=["eager", "compiled"], default=["eager"], help="default eager")
     add("--device", default="cpu", help="cpu, cuda or cuda:<index>; default cpu")
     add("--repeats", type=int, default=20, metavar="N", help="turns of every measurement; default 20")
-    add("--steps", type=int, metavar="N", help="time a whole DDIM trajectory of N steps; default: one network call")
+    add("--steps", type=int, metavar="N", help="time a whole trajectory of N steps; default: one network call")
+    add("--sampler", choices=get_args(SamplerName), help="its solver; default ddim, or flow-euler for a flow")
     add("--guidance", type=float, metavar="W", help="guidance scale of the trajectory; default 1, none")
     add("--json", type=Path, metavar="FILE", help="file to write the result to; must not exist")
     options = parser.parse_args(list(args))
@@ -95,8 +97,9 @@ def _check(options: argparse.Namespace) -> None:
     cells, turns = _count(options), options.repeats
     if turns < fewest_turns(cells):
         raise InputError(f"--repeats: {turns} give no 95 % interval for {cells} cells; at least {fewest_turns(cells)}")
-    if options.guidance is not None and options.steps is None:
-        raise InputError("--guidance: one network call has none; give --steps for a whole trajectory")
+    for option in ("guidance", "sampler"):
+        if getattr(options, option) is not None and options.steps is None:
+            raise InputError(f"--{option}: one network call has none; give --steps for a whole trajectory")
     if options.json and options.json.exists():
         raise InputError(f"--json: {options.json} exists already")
     if options.json and not options.json.parent.is_dir():

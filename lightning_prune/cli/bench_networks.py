@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lightning_prune.diffusion.conditions import Condition, move
-from lightning_prune.diffusion.gated import StepGated
+from lightning_prune.diffusion.gated import StepGated, check_solver
 from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import Predict, guided, in_type, initial_noise, integrate
-from lightning_prune.diffusion.solvers import Sampler, make_solver
+from lightning_prune.diffusion.solvers import Sampler, SamplerName, make_solver, usual_solver
 from lightning_prune.export import load
 from lightning_prune.export.artifact import MANIFEST, read_manifest
 from lightning_prune.export.packed import sparse_layers
@@ -33,15 +33,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Task:
-    """What is timed: one network call, or with `steps` a whole DDIM trajectory.
+    """What is timed: one network call, or with `steps` a whole trajectory, of the usual solver or of `solver`.
 
     Raises:
-        InputError: a number of steps the process does not have.
+        InputError: a solver or a number of steps the process does not have.
     """
 
     process: Process
     steps: int | None = None
     guidance: float | None = None
+    solver: SamplerName | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -50,7 +51,8 @@ class Task:
     @property
     def sampler(self) -> Sampler:
         """The trajectory's; of a single step for one network call."""
-        return Sampler(steps=1 if self.steps is None else self.steps, guidance=self.scale)
+        solver = self.solver or usual_solver(self.process)
+        return Sampler(solver, steps=1 if self.steps is None else self.steps, guidance=self.scale)
 
     @property
     def scale(self) -> float:
@@ -78,6 +80,7 @@ class Task:
         return self._trajectory(predict, denoiser, noise, cond)
 
     def _trajectory(self, predict: Predict, denoiser: Denoiser, noise: Tensor, cond: Condition) -> Callable[[], Tensor]:
+        check_solver(denoiser, self.sampler)
         calls = self.sampler.calls(self.process)
 
         stepped: Any = predict
@@ -167,11 +170,12 @@ class Pair:
 
     def macs(self, task: Task) -> dict[str, Any]:
         """MACs an image of both; those of masked layers count n/m, whether or not a kernel saves the rest."""
-        dense = macs_per_image(count_denoiser(self.dense).macs(), task.steps or 1, task.scale)
+        calls = task.sampler.calls(task.process)
+        dense = macs_per_image(count_denoiser(self.dense).macs(), calls, task.scale)
         if isinstance(self.pruned, StepAware):
             pruned = trajectory_cost(self.pruned, task.process, task.sampler).macs()
         else:
-            pruned = macs_per_image(count_denoiser(self.pruned).kept(self.masks), task.steps or 1, task.scale)
+            pruned = macs_per_image(count_denoiser(self.pruned).kept(self.masks), calls, task.scale)
         return {
             "convention": "aten",
             "dense_per_image": dense,

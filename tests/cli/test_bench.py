@@ -12,9 +12,12 @@ import pytest
 import torch
 from jsonschema import validate
 
+from lightning_prune.blocks import GateSchedule
 from lightning_prune.cli import bench, bench_text, main
 from lightning_prune.cli.bench_networks import Task, load_pair
+from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.export import save_artifact
 from lightning_prune.export.artifact import MANIFEST
 from lightning_prune.metrics.latency import Timing
@@ -132,6 +135,21 @@ def test_a_trajectory(artifact: Path) -> None:
     result = measured(artifact, "--batch", "2", "--dtype", "bfloat16", "--steps", "2", "--guidance", "1.5")
     task = {"name": "trajectory", "sampler": "DDIM eta=0, trailing", "steps": 2, "guidance": 1.5}
     assert result["task"] == task
+
+
+def test_a_trajectory_of_another_solver(artifact: Path) -> None:
+    result = measured(artifact, "--batch", "1", "--steps", "3", "--sampler", "dpm-solver++")
+    assert result["task"]["sampler"].startswith("DPM-Solver++")
+    with pytest.raises(InputError, match="--sampler: one network call has none"):
+        bench.parse(["--artifact", str(artifact), "--sampler", "plms"])
+    assert Task(Process("flow", "flow"), 2).sampler.name == "flow-euler"
+    process = load_pair(artifact, None, None).process()
+    graph = tiny_dit().blocks("half")
+    found = GateSchedule.of(graph, "residual", [[True] * len(graph)] * 3)
+    for_ddim = gated(tiny_dit(), found, process, Sampler().describe())
+    with pytest.raises(InputError, match="gates: the schedule is for DDIM"):
+        Task(process, 3, solver="dpm-solver++").arm(for_ddim, "eager", 1)
+    assert Task(process, 3).arm(for_ddim, "eager", 1)().shape == (1, 1, 32, 32)
 
 
 @pytest.mark.parametrize("guidance", [None, 2.0])

@@ -40,9 +40,9 @@ def solve(
 ) -> tuple[Row, ...]:
     """The running rows of greatest total score that cost at most `budget` of the dense trajectory.
 
-    A multiple-choice knapsack over steps, solved by dynamic programming over the budget, exactly where costs have a
-    common divisor that is not far too small; see `knapsack`. What rounding leaves elsewhere is filled up gate by gate,
-    so no further gate that could run would fit.
+    A multiple-choice knapsack over steps, solved by dynamic programming over the budget: exactly where costs have a
+    large enough common divisor, see `knapsack`. What rounding leaves elsewhere is filled up gate by gate, so no further
+    gate that could run would fit.
 
     Args:
         scores: value of running each block at each step; only differences at equal cost matter.

@@ -27,6 +27,7 @@ def choose(
         capacity: what they may cost together; at least what the cheapest options do.
         grid: largest number of cells of the capacity.
     """
+    capacity = min(capacity, sum(max(options) for options in costs))
     unit = _unit(costs, capacity, grid)
     cells = int(capacity // unit)
     best = np.zeros(cells + 1)

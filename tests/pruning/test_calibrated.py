@@ -189,3 +189,8 @@ def test_a_capacity_of_so_many_dearest_options_holds_as_many() -> None:
     costs, values = [[0, 700_001, 1_000_003]] * 20, [[0.0, 0.5, 1.0]] * 20
     for count in (1, 7, 20):
         assert sorted(choose(costs, values, 1_000_003 * count, grid=999))[-count:] == [2] * count
+
+
+def test_more_capacity_than_all_cost_takes_the_best_of_all() -> None:
+    assert choose([[0, 1], [0, 3]], [[0.0, 1.0], [0.0, 1.0]], 10**15, grid=10) == [1, 1]
+    assert choose([[0, 0]], [[0.0, 1.0]], 10**15, grid=10) == [1]

@@ -8,7 +8,7 @@ import torch
 
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.metrics.samples import conditions_of, has_prompts, require_pictures
-from lightning_prune.protocols import InputError, VariantSource
+from lightning_prune.protocols import InputError, SamplerBound, VariantSource
 
 Capability = TypeVar("Capability")
 
@@ -27,11 +27,16 @@ def check_sampling(trainer: Any, module: Any, sampler: Sampler, asking: object) 
     """Refuse before a run what could not be drawn or shown when it ends.
 
     Raises:
-        InputError: a solver that the process does not have; latents that nothing decodes; guidance by prompts without
-            the empty prompt, or with one of another length.
+        InputError: a solver that the process does not have, or that the module's result is not for; latents that
+            nothing decodes; guidance by prompts without the empty prompt, or with one of another length.
     """
     data = getattr(trainer, "datamodule", None)
     require_pictures(data, type(asking).__name__)
     sampler.calls(require(module, VariantSource, asking).process)
+    if isinstance(module, SamplerBound):
+        try:
+            module.check_sampler(sampler)
+        except InputError as error:
+            raise InputError(f"trainer.callbacks: {type(asking).__name__} {error}") from error
     if sampler.guidance != 1 and has_prompts(data) and hasattr(module, "denoiser"):
         module.denoiser.null_condition(conditions_of(data, torch.arange(1), 0))

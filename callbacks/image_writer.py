@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torchvision.utils import save_image
 
 from lightning_prune.callbacks.capability import check_sampling, require
 from lightning_prune.diffusion.conditions import Condition
-from lightning_prune.diffusion.solvers import Sampler, SamplerName, usual_solver
+from lightning_prune.diffusion.solvers import SamplerName
 from lightning_prune.metrics.samples import pictures_of
 from lightning_prune.protocols import Predictor
 
@@ -20,11 +21,12 @@ from lightning_prune.protocols import Predictor
 class ImageWriter(Callback):
     """Write predicted images as `<folder>/<sample id>-class-<label>.png`, or `<sample id>.png` where there are prompts.
 
-    A schedule of gates draws with the sampler it was found for, whatever is said here.
+    What is null is as the method has it: the sampler that its result was made for, else 20 steps of DDIM, or of Euler
+    for a flow process, without guidance.
 
     Args:
         folder: where to; null is `predictions/` in the run folder.
-        sampler: the solver; null is DDIM, or Euler for a flow process.
+        sampler: the solver.
         steps: sampling steps.
         guidance: guidance scale; 1 is none.
     """
@@ -33,18 +35,19 @@ class ImageWriter(Callback):
         self,
         folder: str | None = None,
         sampler: SamplerName | None = None,
-        steps: int = 20,
-        guidance: float = 1.0,
+        steps: int | None = None,
+        guidance: float | None = None,
     ) -> None:
         super().__init__()
-        self.folder, self.sampler, self.steps, self.guidance = folder, sampler, steps, guidance
+        self.folder = folder
+        asked = {"name": sampler, "steps": steps, "guidance": guidance}
+        self.asked: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "predict":
             return
         module = require(pl_module, Predictor, self)
-        solver = self.sampler or usual_solver(module.process)
-        module.predict_sampler = Sampler(solver, self.steps, self.guidance)
+        module.predict_sampler = replace(module.predict_sampler, **self.asked)
         check_sampling(trainer, pl_module, module.predict_sampler, self)
 
     def on_predict_batch_end(

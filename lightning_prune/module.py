@@ -74,8 +74,6 @@ class PruningModule(pl.LightningModule):
 
     whole_for: ClassVar[str | None] = "for what it does with it"
     """What the method needs its network in one piece for; None if processes may share it (FSDP2, DeepSpeed)."""
-    predict_sampler: Sampler | None = None
-    """What `predict` draws by; None is 20 steps of DDIM, or of Euler for a flow."""
     takes_half: ClassVar[bool] = False
     """Whether it trains and evaluates on a network of half precision; all sample from one."""
 
@@ -107,6 +105,7 @@ class PruningModule(pl.LightningModule):
         self.seed = run_seed() if seed is None else seed
         if self.seed < 0:
             raise InputError(f"model.seed: {self.seed} is negative")
+        self.predict_sampler = Sampler(usual_solver(process))
         self.compile_training = compile
         self._compiled: Callable[..., Tensor] | None = None
         self._ledger: Ledger | None = None
@@ -171,8 +170,8 @@ class PruningModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Sample ids [B] and images [B, C, H, W] in [-1, 1], or latents, for the conditions of the batch."""
-        ids, sampler = batch["id"].cpu(), self.predict_sampler or Sampler(usual_solver(self.process))
-        return ids, self.sample_images(ids, move(batch["cond"], "cpu"), sampler)
+        ids = batch["id"].cpu()
+        return ids, self.sample_images(ids, move(batch["cond"], "cpu"), self.predict_sampler)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self._optimizer.value([p for p in self.parameters() if p.requires_grad])

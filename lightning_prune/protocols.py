@@ -192,10 +192,17 @@ class VariantSource(Protocol):
 
 
 @runtime_checkable
+class SamplerBound(Protocol):
+    """Something whose result may be made for one sampler."""
+
+    def check_sampler(self, sampler: Any) -> None:
+        """Raises `InputError` for a sampler that the result is not for."""
+
+
+@runtime_checkable
 class Predictor(Protocol):
     """Something that draws images in `predict`, by a sampler that may be chosen."""
 
-    process: Any
     predict_sampler: Any
 
 

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import Callback
 
 import lightning_prune
 from lightning_prune.blocks import GateSchedule
-from lightning_prune.callbacks import ArtifactWriter, EfficiencyReport, GateMap, SampleGrid
+from lightning_prune.callbacks import ArtifactWriter, EfficiencyReport, GateMap, ImageWriter, SampleGrid
 from lightning_prune.data import EmbeddedFashion
+from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
@@ -358,6 +359,26 @@ def test_callbacks_that_draw_with_another_sampler_are_refused(tmp_path: Path) ->
     )
     with pytest.raises(InputError, match="SampleGrid draws by DDIM eta=0, trailing, 10 steps"):
         trainer.test(tiny_dipgo(), datamodule=EmbeddedFashion(batch_size=8), verbose=False)
+
+
+def test_predict_draws_the_result_by_its_own_sampler_and_by_no_other(tmp_path: Path) -> None:
+    module, data = tiny_dipgo(), EmbeddedFashion(batch_size=8)
+    drawn = predictor(tmp_path, ImageWriter()).predict(module, data)
+    assert drawn
+    ids, images = drawn[0]
+    schedule = module.schedules()["0.5"]
+    batch = next(iter(data.predict_dataloader()))
+    wanted = sample_images(gated(module.denoiser, schedule, PROCESS), PROCESS, ids, batch["cond"], Sampler(steps=4))
+    assert torch.equal(images, wanted)
+    assert len(list((tmp_path / "predictions").glob("*.png"))) == len(ids)
+    for other in (ImageWriter(steps=3), ImageWriter(guidance=2.0), ImageWriter(sampler="dpm-solver++")):
+        with pytest.raises(InputError, match=r"trainer\.callbacks: ImageWriter draws by .*model\.sampler is .*4 steps"):
+            predictor(tmp_path, other).predict(tiny_dipgo(), data)
+
+
+def predictor(folder: Path, writer: ImageWriter) -> pl.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "default_root_dir": folder}
+    return pl.Trainer(accelerator="cpu", limit_predict_batches=1, callbacks=[writer], **quiet)  # type: ignore[arg-type]
 
 
 # Controls that a sampler or a process does not have

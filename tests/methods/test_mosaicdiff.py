@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 import lightning_prune
-from lightning_prune.callbacks import ArtifactWriter, EfficiencyReport, LastCheckpoint, SampleGrid
+from lightning_prune.callbacks import ArtifactWriter, EfficiencyReport, ImageWriter, LastCheckpoint, SampleGrid
 from lightning_prune.data import EmbeddedFashion
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
@@ -392,10 +392,24 @@ def test_callbacks_that_draw_in_another_number_of_calls_are_refused(tmp_path: Pa
     plain = [ArtifactWriter(), SampleGrid(steps=4)]
     calibrate(module(), tmp_path / "staged", 1, callbacks=plain)
     beside = EfficiencyReport(steps=3, beside={"staged": str(tmp_path / "staged" / "artifact")})
-    with pytest.raises(InputError, match=r"beside: staged: steps: the stages are for trajectories of 4 .* not 3"):
-        beside.setup(SimpleNamespace(datamodule=EmbeddedFashion()), module(), "fit")  # type: ignore[arg-type]
     one = module(recipe=Recipe("uniform", stages=1))
+    with pytest.raises(InputError, match=r"beside: staged: steps: the stages are for trajectories of 4 .* not 3"):
+        beside.setup(SimpleNamespace(datamodule=EmbeddedFashion()), one, "fit")  # type: ignore[arg-type]
     calibrate(one, tmp_path / "one", 1, callbacks=[SampleGrid(steps=3)])
+
+
+def test_predict_draws_in_the_steps_that_stages_were_made_for(tmp_path: Path) -> None:
+    data = EmbeddedFashion(batch_size=8)
+    pruned = calibrate(module(), tmp_path, 1, limit_predict_batches=1, callbacks=[ImageWriter()])
+    drawn = pruned.trainer.predict(pruned, data)
+    assert drawn
+    ids, found = drawn[0]
+    labels = next(iter(data.predict_dataloader()))["cond"]
+    stages = pruned.variants()[pruned.result_name].denoiser
+    assert torch.equal(found, sample_images(stages, PROCESS, ids, labels, Sampler(steps=4)))
+    pruned.trainer.callbacks = [ImageWriter(steps=20)]  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"trainer\.callbacks: ImageWriter draws in 20 network calls"):
+        pruned.trainer.predict(pruned, data)
 
 
 def test_guidance_and_own_states_fill_every_stage(tmp_path: Path) -> None:

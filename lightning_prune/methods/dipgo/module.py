@@ -139,6 +139,7 @@ class DiPGO(PruningModule):
             raise InputError("model.full_steps: needs model.refine, and model.whole_steps to skip the others")
         self.step_gates = step_gates and preset == "budgeted"
         _check(sampler, process, self.budgets, temperature, collapse_weight, noises)
+        self.predict_sampler = sampler
         self.compare = controls(compare, sampler, process)
         self.budget_range = budget_range or (min(self.budgets) * 2 / 3, min(1.0, max(self.budgets) * 1.2))
         graph = denoiser.blocks(granularity).in_mode(cache_mode)
@@ -247,21 +248,10 @@ class DiPGO(PruningModule):
         self.pruner.float()
         return super().configure_optimizers()
 
-    def on_fit_start(self) -> None:
-        self._check_callbacks()
-
-    def on_test_start(self) -> None:
-        self._check_callbacks()
-
-    def _check_callbacks(self) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            settings = getattr(callback, "settings", callback)
-            drawn = getattr(settings, "sampler", self.problem.sampler)
-            if drawn != self.problem.sampler:
-                raise InputError(
-                    f"trainer.callbacks: {type(callback).__name__} draws by {_words(drawn)}, "
-                    f"but model.sampler is {_words(self.problem.sampler)}"
-                )
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Refuse any but the sampler that gates are searched for."""
+        if sampler != self.problem.sampler:
+            raise InputError(f"draws by {_words(sampler)}, but model.sampler is {_words(self.problem.sampler)}")
 
     def on_train_start(self) -> None:
         super().on_train_start()

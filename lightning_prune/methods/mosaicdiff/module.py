@@ -114,7 +114,7 @@ class MosaicDiff(PruningModule):
         if not denoiser.groups():
             raise InputError("model.denoiser: the network has no width that can be cut")
         self.target, self.recipe, self.rivals = target, recipe, dict(rivals or {})
-        self.sampler = Sampler(sampler, steps, guidance)
+        self.sampler = self.predict_sampler = Sampler(sampler, steps, guidance)
         self.calibration, self.guidance_weighted = calibration, guidance_weighted
         self.power, self.damping, self.probe_images = power, damping, probe_images
         self.target_of: Literal["macs", "seconds"] = target_of
@@ -151,23 +151,17 @@ class MosaicDiff(PruningModule):
     def setup(self, stage: str) -> None:
         stream_checkpoints(self.trainer.strategy)
 
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Refuse another number of network calls than stages are made for."""
+        if any(recipe.stages != 1 for recipe in self._recipes().values()):
+            check_calls(sampler, self.process, len(self.grid))
+
     def on_fit_start(self) -> None:
-        self._check_calls()
         for key in ("limit_train_batches", "max_epochs", "max_steps"):
             if getattr(self.trainer, key) == 0:
                 raise InputError(f"trainer.{key}: 0 leaves nothing to calibrate on")
         if self._curvature is None:
             self._begin(self._first_batch())
-
-    def on_test_start(self) -> None:
-        self._check_calls()
-
-    def on_predict_start(self) -> None:
-        self._check_calls()
-
-    def _check_calls(self) -> None:
-        if any(recipe.stages != 1 for recipe in self._recipes().values()):
-            check_calls(self.trainer.callbacks, self.process, len(self.grid))  # type: ignore[attr-defined]
 
     def _first_batch(self) -> Batch:
         """The first training batch, from a loader of its own, so that the run's is not moved on."""

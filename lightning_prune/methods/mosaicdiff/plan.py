@@ -28,18 +28,16 @@ def visited_timesteps(process: Process, sampler: Sampler) -> Tensor:
     return make_solver(sampler, process).timesteps
 
 
-def check_calls(callbacks: Iterable[object], process: Process, calls: int) -> None:
-    """Refuse callbacks that draw in another number of network calls than stages were made for.
+def check_calls(drawn: Sampler, process: Process, calls: int) -> None:
+    """Refuse a sampler of another number of network calls than stages were made for.
 
     Another solver or guidance of as many calls costs the same share.
     """
-    for callback in callbacks:
-        drawn = getattr(getattr(callback, "settings", callback), "sampler", None)
-        if isinstance(drawn, Sampler) and (theirs := drawn.calls(process)) != calls:
-            raise InputError(
-                f"trainer.callbacks: {type(callback).__name__} draws in {theirs} network calls "
-                f"({drawn.describe()}, {drawn.steps} steps), but model.steps makes stages for {calls}"
-            )
+    if (theirs := drawn.calls(process)) != calls:
+        raise InputError(
+            f"draws in {theirs} network calls ({drawn.describe()}, {drawn.steps} steps), "
+            f"but model.steps makes stages for {calls}"
+        )
 
 
 def sampling_grid(process: Process, sampler: Sampler) -> Grid:

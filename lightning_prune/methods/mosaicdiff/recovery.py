@@ -47,14 +47,16 @@ class Recovery(PruningModule):
             if getattr(teacher, what) != getattr(denoiser, what):
                 raise InputError(f"model.teacher: its {what} {getattr(teacher, what)} is not {getattr(denoiser, what)}")
         self.stages = stages_of(denoiser.lengths)
-        self.visited = visited_timesteps(process, Sampler(sampler, denoiser.steps))
+        self.predict_sampler = Sampler(sampler, denoiser.steps)
+        self.visited = visited_timesteps(process, self.predict_sampler)
         self._start = Frozen(deepcopy(denoiser))
         self._teacher = Frozen(teacher)
         denoiser.train().requires_grad_(True)  # an artifact comes in evaluation mode
 
-    def on_fit_start(self) -> None:
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Refuse another number of network calls than stages were made for."""
         if len(self.stages) > 1:
-            check_calls(self.trainer.callbacks, self.process, len(self.visited))  # type: ignore[attr-defined]
+            check_calls(sampler, self.process, len(self.visited))
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x0, cond = batch["x"], batch["cond"]

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_prune import load
-from lightning_prune.callbacks import MaskInvariant, SparsityRamp
+from lightning_prune.callbacks import LastCheckpoint, MaskInvariant, SparsityRamp
 from lightning_prune.cli import main
 from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
 from lightning_prune.methods.sparsedm.distillation import Distillation
@@ -189,13 +189,14 @@ def test_a_checkpoint_brings_the_calibrated_network_back(allocation: Any, tmp_pa
     fit(resumed, tmp_path, ckpt_path=tmp_path / "c.ckpt", max_steps=6)
 
 
-def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [1, 2])
+def test_an_interrupted_calibration_goes_on(last: int, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"mask_scores": "obs", "calibration": REFIT, "allocation": Allocation(0.6)}
     whole = one_shot(tmp_path, **arguments)
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 1:
+            if batch_idx == last:
                 trainer.save_checkpoint(tmp_path / "half.ckpt")
 
     first = tiny_sparsedm(one_shot=True, **arguments)
@@ -206,6 +207,18 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     for other in (first, resumed):
         assert other._patterns == whole._patterns
         assert all(torch.equal(a.weight, b.weight) for a, b in pairs(whole, other))
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_the_last_checkpoint_of_a_one_shot_run_holds_the_pruned_network(every: int, tmp_path: Path) -> None:
+    module = tiny_sparsedm(one_shot=True, mask_scores="obs", calibration=REFIT)
+    options: dict[str, Any] = {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 3}
+    fit(module, tmp_path, callbacks=[LastCheckpoint(every_n_steps=every)], enable_checkpointing=True, **options)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert "calibrated" in checkpoint
+    assert "statistics" not in checkpoint
+    saved, found = checkpoint["state_dict"], module.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,16 @@ class Calibrated(PruningModule):
     def _averaged(self, tensor: Tensor) -> Tensor:
         return self._summed(tensor) / self.trainer.world_size
 
-    def on_train_epoch_end(self) -> None:
-        # Before the checkpoint at the end of the epoch, which holds the result.
+    def on_train_batch_end(self, *_: Any) -> None:
+        # Before any checkpoint behind the last batch, which holds the result.
+        if self.trainer.is_last_batch:
+            self._prune_once()
+
+    def on_train_end(self) -> None:
+        self._prune_once()  # a run that went on behind its last batch
+        super().on_train_end()
+
+    def _prune_once(self) -> None:
         if self.one_shot and not self._ready:
             self._prune()
 

@@ -32,7 +32,7 @@ CORE: Recipes = {
 }
 ONE_NETWORK = {"allocation": "uniform", "stages": 1}
 BASELINES: Recipes = {
-    "published-as-published": {"allocation": "published", "recalibrate": False},
+    "published-not-recalibrated": {"allocation": "published", "recalibrate": False},
     "one-network-magnitude": {**ONE_NETWORK, "criterion": "magnitude", "compensate": False},
     "one-network-taylor": {**ONE_NETWORK, "criterion": "taylor", "compensate": False},
     "one-network-random": {**ONE_NETWORK, "criterion": "random", "compensate": False},
@@ -40,6 +40,8 @@ BASELINES: Recipes = {
 MEASURED = {"allocation": "measured", "stages": 5}
 # Layers are recalibrated alike whatever their statistics were: what those switch is seen without.
 NOT_RECALIBRATED = {**MEASURED, "recalibrate": False}
+# The rule word for word, where damping is none.
+AS_PUBLISHED: Recipes = {"published-as-published": BASELINES["published-not-recalibrated"]}
 # What a recipe switches: these share a calibration. What the calibration switches needs a run of its own.
 EXTENSION: Recipes = {
     "uniform-not-recalibrated": {"allocation": "uniform", "recalibrate": False},
@@ -80,7 +82,8 @@ def jobs() -> Iterator[Job]:
             yield _baselines(network, target)
     yield _job("fashion_dit-switches-0.33-0", 0.33, EXTENSION, {}, tier="extension")
     for name, options in CALIBRATIONS.items():
-        yield _job(f"fashion_dit-{name}-0.33-0", 0.33, {}, {RESULT: name}, tier="extension", options=options)
+        rivals = AS_PUBLISHED if name == "undamped" else {}
+        yield _job(f"fashion_dit-{name}-0.33-0", 0.33, rivals, {RESULT: name}, tier="extension", options=options)
     yield _recovered()
     for scale in GUIDANCES:
         options = (f"--model.guidance={scale:g}",)
@@ -91,7 +94,7 @@ def jobs() -> Iterator[Job]:
                 rows["not-recalibrated"] = f"not-recalibrated-{name}"
                 alike = {**{rival: rival for rival in CORE}, "dense": "dense", _fewer_steps(0.33): "dense-fewer-steps"}
                 rows |= {row: f"{variant}-{name}" for row, variant in alike.items()}
-            rivals: Recipes = {} if weighted else {**CORE, "not-recalibrated": NOT_RECALIBRATED}
+            rivals = {} if weighted else {**CORE, "not-recalibrated": NOT_RECALIBRATED}
             further = (*options, *(WEIGHTED if weighted else ()))
             report = (f"guidance: {scale:g}",)
             yield _job(f"fashion_dit-{name}-0", 0.33, rivals, rows, tier="extension", options=further, report=report)

@@ -14,8 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from lightning_prune.diffusion.routing import StagedDenoiser
-from lightning_prune.diffusion.widths import width_groups
-from lightning_prune.export.staged import kept_units
+from lightning_prune.export.staged import dense_groups, kept_units
 from lightning_prune.protocols import InputError
 
 
@@ -26,7 +25,7 @@ def write_homogeneous(denoiser: StagedDenoiser, folder: Path) -> list[Path]:
         InputError: a width that no configuration of the class has, by name; nothing is written then.
     """
     network_class = denoiser.family.network_class.__name__
-    groups = width_groups(denoiser.family(config=denoiser.config(), **denoiser.arguments()).network)
+    groups = dense_groups(denoiser)
     for number, network in enumerate(denoiser.networks):
         for group in groups:
             if (kept := kept_units(network, group)) != group.units:

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_prune.diffusion.models import Denoiser
-from lightning_prune.diffusion.pretrained import first_difference, read_config
+from lightning_prune.diffusion.pretrained import first_difference, read_config, without_weights
 from lightning_prune.diffusion.routing import StagedDenoiser
-from lightning_prune.diffusion.widths import width_groups
 from lightning_prune.protocols import InputError, WidthGroup
 from lightning_prune.pruning.structural import Width, slim
 
@@ -27,7 +26,7 @@ FILE = "stages.safetensors"
 
 def write(denoiser: StagedDenoiser, folder: Path) -> dict[str, Any]:
     """Write the tensors into `folder`; returns what the manifest says about the stages."""
-    dense = width_groups(denoiser.family(config=denoiser.config(), **denoiser.arguments()).network)
+    groups = dense_groups(denoiser)
     stored: dict[str, list[Tensor]] = {}
     stages = []
     first = 0
@@ -36,7 +35,7 @@ def write(denoiser: StagedDenoiser, folder: Path) -> dict[str, Any]:
         for name, tensor in network.state_dict(keep_vars=True).items():
             if version := _version(stored.setdefault(name, []), tensor):
                 versions[name] = version
-        widths = {group.name: kept_units(network, group) for group in dense}
+        widths = {group.name: kept_units(network, group) for group in groups}
         stages.append({"first": first, "steps": steps, "widths": widths, "versions": versions})
         first += steps
     tensors = {f"{name}@{i}": t.detach().cpu().contiguous() for name, ts in stored.items() for i, t in enumerate(ts)}
@@ -50,6 +49,12 @@ def _version(known: list[Tensor], tensor: Tensor) -> int:
             return version
     known.append(tensor)
     return len(known) - 1
+
+
+def dense_groups(denoiser: StagedDenoiser) -> list[WidthGroup]:
+    """The width groups of the network that stages were cut from."""
+    with without_weights():
+        return list(denoiser.family(config=denoiser.config(), **denoiser.arguments()).groups())
 
 
 def kept_units(network: nn.Module, group: WidthGroup) -> int:
@@ -66,7 +71,7 @@ def read(family: type[Denoiser], folder: Path, manifest: Mapping[str, Any]) -> S
     """
     arguments = manifest["base"].get("arguments", {})
     dense = family(config=read_config(folder / "config.json", family.network_class), **arguments)
-    groups = width_groups(dense.network)
+    groups = list(dense.groups())
     try:
         # Where networks are built: without weights, that is nowhere.
         home = next(dense.parameters()).device

@@ -6,6 +6,7 @@ at a time is one layer's.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -125,7 +126,18 @@ def mapped(size: int, folder: Path | None) -> Tensor:
     folder.mkdir(parents=True, exist_ok=True)
     # Nobody else finds the file, and it goes with the process.
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".statistics-") as file:
+        _reserve(file.fileno(), 4 * size, folder)
         return torch.from_file(file.name, shared=True, size=size)
+
+
+def _reserve(file: int, size: int, folder: Path) -> None:
+    """Take the room now: a mapped file that a full disk cannot hold ends the process without a word."""
+    if not hasattr(os, "posix_fallocate"):  # as on macOS
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        raise InputError(f"{folder}: no room for {size / 1e9:.2f} GB of statistics: {error.strerror}") from error
 
 
 def _accumulate(sums: Tensor, layer: nn.Module, x: Tensor, scale: Tensor | None) -> int:

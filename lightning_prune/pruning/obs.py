@@ -132,14 +132,13 @@ def greedy_removal(layer: Layer, units: int, channels: int) -> Removal:
     p, a = layer.inverse(), layer.weight.T @ layer.weight
     if channels == 1:
         return _single_columns(p, a, units)
-    return _groups(p, a, units, channels, None)
+    return _groups(p, a, units, channels)
 
 
 def removal_in_order(layer: Layer, order: Sequence[int], channels: int, compensate: bool = True) -> Removal:
     """A removal in a given order [units - 1], with the errors it has, compensated or not."""
-    units = len(order) + 1
     if compensate:
-        return _groups(layer.inverse(), layer.weight.T @ layer.weight, units, channels, list(order))
+        return Removal(tuple(order), _compensated(layer, order, channels))
     errors = [0.0]
     gone = torch.zeros_like(layer.weight)
     for unit in order:
@@ -149,12 +148,26 @@ def removal_in_order(layer: Layer, order: Sequence[int], channels: int, compensa
     return Removal(tuple(order), torch.tensor(errors, dtype=torch.float64))
 
 
-def _groups(p: Tensor, a: Tensor, units: int, channels: int, order: list[int] | None) -> Removal:
+def _compensated(layer: Layer, order: Sequence[int], channels: int) -> Tensor:
+    """Errors of removing the first k units of a given order [units].
+
+    With R the removed columns and P = H^-1, the error is trace(W_R P_RR^-1 W_R^T); along an order, one Cholesky factor
+    of P holds those of all its beginnings.
+    """
+    columns = (torch.tensor(list(order), dtype=torch.long)[:, None] * channels + torch.arange(channels)).flatten()
+    columns = columns.to(layer.weight.device)
+    factor = torch.linalg.cholesky(layer.inverse()[columns][:, columns])
+    solved = torch.linalg.solve_triangular(factor, layer.weight[:, columns].T, upper=False)
+    errors = solved.square().sum(1).view(len(order), channels).sum(1).cumsum(0)
+    return torch.cat([errors.new_zeros(1), errors]).cpu()
+
+
+def _groups(p: Tensor, a: Tensor, units: int, channels: int) -> Removal:
     """Few large groups, one after the other; P and A are updated in full each time."""
     left, gone, scores = list(range(units)), [], [0.0]
     span = torch.arange(channels, device=p.device)
-    for step in range(units - 1):
-        unit, score = _choose(p, a, left if order is None else [order[step]], span)
+    for _ in range(units - 1):
+        unit, score = _choose(p, a, left, span)
         columns = unit * channels + span
         t = torch.linalg.solve(p[columns][:, columns], p[columns])
         a_rows = a[columns]

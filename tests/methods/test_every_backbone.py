@@ -17,6 +17,8 @@ import yaml
 from lightning_prune import methods
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.export import load, save_artifact
+from lightning_prune.export.homogeneous import write_homogeneous
+from lightning_prune.methods.mosaicdiff import MosaicDiff
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.methods.sparsedm import SparseDM
 from lightning_prune.module import PruningModule
@@ -107,6 +109,20 @@ def test_fits_a_batch_and_samples_or_says_why_not(method: Any, backbone: Backbon
     assert images.shape == (2, *result.sample_shape)
     assert torch.isfinite(images).all()
     assert method.__name__ == "Dense" or not torch.equal(images, dense)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES, ids=lambda b: b.name)
+def test_an_artifact_of_stages_samples_like_the_networks_it_was_made_from(backbone: Backbone, tmp_path: Path) -> None:
+    module = build(MosaicDiff, backbone)
+    fit(module, backbone, tmp_path)
+    stages = module.variants()[module.result_name].denoiser
+    again = load(save_artifact(stages, tmp_path / "artifact", "mosaicdiff", {}))
+    cond, ids, sampler = backbone.condition(module.denoiser, 2), torch.arange(2), backbone.sampler()
+    stored = sample_images(again, module.process, ids, cond, sampler)
+    torch.testing.assert_close(stored, sample_images(stages, module.process, ids, cond, sampler), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match=r"stage 0 keeps .* a width that no configuration of .* has"):
+        write_homogeneous(stages, tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()
 
 
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda b: b.name)

@@ -10,6 +10,7 @@ from lightning_prune import load
 from lightning_prune.cli import main
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff.recovery import Recovery
 from lightning_prune.protocols import InputError
 from tests.factories import tiny_dit
@@ -66,6 +67,18 @@ def test_the_loss_is_the_distance_from_the_teacher_by_stage(pruned: Path) -> Non
     assert torch.equal(first, again)
     first.backward()
     assert all(any(p.grad is not None for p in network.parameters()) for network in stages.networks)
+
+
+def test_plms_makes_one_call_more_than_it_has_steps(pruned: Path) -> None:
+    stages, teacher = load(pruned), tiny_dit()
+    assert isinstance(stages, StagedDenoiser)
+    teacher.sample_shape, teacher.num_classes = stages.sample_shape, stages.num_classes
+    module = Recovery(stages, PROCESS, teacher, sampler="plms", ema_decay=None)
+    assert module.predict_sampler == Sampler("plms", 3)
+    assert len(module.visited) == stages.steps == 4
+    module.check_sampler(Sampler("plms", 3))
+    with pytest.raises(InputError, match="draws in 5 network calls"):
+        module.check_sampler(Sampler("plms", 4))
 
 
 def test_one_network_has_no_stages_to_recover(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

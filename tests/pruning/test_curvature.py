@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,23 @@ def test_weights_and_means() -> None:
     assert torch.allclose(weighted.sums["3"][1], plain.sums["3"][1], rtol=1e-4)
     parts = [plain.mean(GROUPS[0], w) for w in ([1.0, 0.0], [0.0, 1.0], [3.0, 1.0])]
     assert torch.allclose(parts[2], 0.75 * parts[0] + 0.25 * parts[1])
+
+
+def test_statistics_that_the_disk_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=rf"{tmp_path}: no room for .* GB of statistics: No space left on device"):
+        Curvature(network(), GROUPS, 2, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_room_for_statistics_is_taken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda file, offset, size: taken.append(size))
+    kept = Curvature(network(), GROUPS, 2, tmp_path)
+    assert sum(taken) == sum(4 * sums.numel() for sums in kept.sums.values())
 
 
 def test_state_round_trip_and_what_does_not_fit() -> None:

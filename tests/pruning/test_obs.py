@@ -92,6 +92,18 @@ def test_compensation_pays(channels: int) -> None:
     assert torch.allclose(again.errors, removal.errors, rtol=1e-9)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_errors_along_any_order_are_those_of_the_refit(channels: int) -> None:
+    x, weight = problem(25)
+    layer, units = Layer.of(weight, x.T @ x), 24 // channels
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(1)).tolist()[:-1]
+    removal = removal_in_order(layer, order, channels)
+    assert removal.errors[0] == 0
+    for count in range(1, units):
+        kept = columns_of(removal.kept(count), channels, 25, units)
+        assert float(removal.errors[count]) == pytest.approx(layer.error(kept, layer.refit(kept)), rel=1e-9)
+
+
 def test_columns_behind_the_last_unit_stay() -> None:
     """The constant input of the bias is never a candidate."""
     x, weight = problem()

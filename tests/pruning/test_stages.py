@@ -51,10 +51,12 @@ def middle(schedule: str, steps: int, power: float = 1.0, snr_weight: float = 0.
 
 
 @pytest.mark.parametrize(
-    ("schedule", "mse", "gradient", "peak", "snr"),
+    ("schedule", "levels", "half", "mse", "gradient", "peak", "snr"),
     [
         (
             "linear",
+            {1: 0.9999, 100: 0.897018, 200: 0.659039, 500: 0.0785872, 600: 0.0258794, 1000: 4.03583e-5},
+            259,
             {100: 0.1058, 200: 0.3764, 500: 1.4393, 1000: 1.9873},
             {1: 1.00003e-4, 100: 1.96554e-3, 500: 2.83594e-3},
             (313, 3.83682e-3),
@@ -62,6 +64,8 @@ def middle(schedule: str, steps: int, power: float = 1.0, snr_weight: float = 0.
         ),
         (
             "scaled_linear",
+            {1: 0.99915, 100: 0.895463, 200: 0.755238, 500: 0.277670, 600: 0.161753, 1000: 0.0046601},
+            355,
             {100: 0.1074, 200: 0.2619, 500: 0.9461, 1000: 1.8635},
             {1: 8.50181e-4, 100: 1.30533e-3, 500: 2.54049e-3},
             (490, 2.54146e-3),
@@ -70,9 +74,18 @@ def middle(schedule: str, steps: int, power: float = 1.0, snr_weight: float = 0.
     ],
 )
 def test_closed_form_vectors(
-    schedule: str, mse: dict[int, float], gradient: dict[int, float], peak: tuple[int, float], snr: dict[int, float]
+    schedule: str,
+    levels: dict[int, float],
+    half: int,
+    mse: dict[int, float],
+    gradient: dict[int, float],
+    peak: tuple[int, float],
+    snr: dict[int, float],
 ) -> None:
     path = grid(schedule)
+    for t, value in levels.items():
+        assert float(path.signal[t] ** 2) == pytest.approx(value, rel=5e-4)
+    assert int((path.signal[1:] ** 2 - 0.5).abs().argmin()) + 1 == half
     for t, value in mse.items():
         assert float(path.expected_mse()[t - 1]) == pytest.approx(value, abs=5e-5)
     for t, value in gradient.items():
@@ -250,12 +263,19 @@ def test_an_interrupted_set_keeps_the_interval_around_the_peak() -> None:
     assert [s.steps for s in published_stages(gradient, gradient)] == [1, 3, 3]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
-def test_any_schedule_of_the_process(schedule: str) -> None:
-    process = Process(schedule=schedule)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("process", "steps"),
+    [
+        (Process(schedule="linear"), [8, 10, 2]),
+        (Process(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), [3, 15, 2]),
+        # E[MSE] = 2 - 2 cos(pi t / 2), so the score is sin(pi t / 2), at least 0.55 from t = 0.371 on.
+        (Process(schedule="cosine"), [13, 7]),
+    ],
+)
+def test_schedules_of_the_process(process: Process, steps: list[int]) -> None:
     path = variance_preserving(process.alphas_cumprod, uniform_positions(1000, 20))
     stages = published_stages(path.score(), path.expected_gradient())
-    assert sum(s.steps for s in stages) == 20
+    assert [stage.steps for stage in stages] == steps
 
 
 def test_a_flow_divides_too() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from lightning_prune.checksums import DIGESTS, digest_of
 from lightning_prune.diffusion.conditions import Condition, move, rows_of, stack
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
@@ -42,6 +44,7 @@ from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.frozen import Shared
 from lightning_prune.pruning.stages import Stage, stage_at, stages_of
 from lightning_prune.seeds import derive
+from lightning_prune.world import World
 
 
 class MosaicDiff(PruningModule):
@@ -99,10 +102,10 @@ class MosaicDiff(PruningModule):
         self.automatic_optimization = False
         if not 0 <= target < 1:
             raise InputError(f"model.target: {target:g} is not a share of MACs in [0, 1)")
-        if damping < 0:
-            raise InputError(f"model.damping: {damping:g} is negative")
-        if power is not None and power <= 0:
-            raise InputError(f"model.power: {power:g} is not positive")
+        if not 0 <= damping < math.inf:
+            raise InputError(f"model.damping: {damping:g} is negative or not finite")
+        if power is not None and not 0 < power < math.inf:
+            raise InputError(f"model.power: {power:g} is not positive and finite")
         if probe_images < 1:
             raise InputError(f"model.probe_images: {probe_images} is not positive")
         if recalibration_images < 1:
@@ -114,6 +117,7 @@ class MosaicDiff(PruningModule):
         if not denoiser.groups():
             raise InputError("model.denoiser: the network has no width that can be cut")
         self.target, self.recipe, self.rivals = target, recipe, dict(rivals or {})
+        _check_names(self.rivals, self.result_name)
         self.sampler = self.predict_sampler = Sampler(sampler, steps, guidance)
         self.calibration, self.guidance_weighted = calibration, guidance_weighted
         self.power, self.damping, self.probe_images = power, damping, probe_images
@@ -128,7 +132,7 @@ class MosaicDiff(PruningModule):
         self._importance: dict[str, Tensor] = {}
         self._probe_cond: Condition | None = None
         self._kept: list[tuple[Tensor, Condition]] = []
-        self._calibrated_on = hashlib.sha256().hexdigest()
+        self._seen_images = 0
         self._costs: Costs | None = None
         self._summed = self._calibrated = False
         self._pruned: Shared[dict[str, Pruned]] = Shared({})
@@ -157,9 +161,12 @@ class MosaicDiff(PruningModule):
             check_calls(sampler, self.process, len(self.grid))
 
     def on_fit_start(self) -> None:
-        for key in ("limit_train_batches", "max_epochs", "max_steps"):
+        for key in ("limit_train_batches", "max_steps"):
             if getattr(self.trainer, key) == 0:
                 raise InputError(f"trainer.{key}: 0 leaves nothing to calibrate on")
+        if (epochs := self.trainer.max_epochs) != 1:
+            # No optimizer steps are counted, so trainer.max_steps would never end a run.
+            raise InputError(f"trainer.max_epochs: {epochs}: calibration sees the data once; set 1")
         if self._curvature is None:
             self._begin(self._first_batch())
 
@@ -180,9 +187,9 @@ class MosaicDiff(PruningModule):
             # The same on every process, or their stages would differ.
             power = self.trainer.strategy.reduce(batch["x"].square().mean().to(self.device), reduce_op="mean")
             self.power = float(power)
-        for recipe in self._recipes().values() if self.target_of == "macs" else ():
-            expected_removal(self.denoiser, self.grid, self.power, recipe, self.target)
         self._costs = self._measured_costs()
+        for recipe in self._recipes().values():
+            expected_removal(self.denoiser, self.grid, self.power, recipe, self.target, self._costs)
         self._probe_cond = self._same_everywhere(move(rows_of(batch["cond"], slice(self.probe_images)), self.device))
         partitions = [stages_for(recipe, self.grid, self.power) for recipe in self._recipes().values()]
         self._make_statistics(refine(partitions))
@@ -213,9 +220,7 @@ class MosaicDiff(PruningModule):
         else:
             self._see_own_states(batch, index)
         self._keep(batch)
-        self._calibrated_on = hashlib.sha256(
-            self._calibrated_on.encode() + batch["id"].cpu().numpy().tobytes()
-        ).hexdigest()
+        self._seen_images = (self._seen_images + digest_of(batch["x"])) % DIGESTS
 
     def _keep(self, batch: Batch) -> None:
         """Hold the first images, for recalibration."""
@@ -294,7 +299,8 @@ class MosaicDiff(PruningModule):
             "power": self.power,
             "cond": self._probe_cond,
             "kept": self._kept,
-            "calibrated_on": self._calibrated_on,
+            "calibrated_on": self._images_of_all(),
+            "seed": self.seed,
             "costs": None if self._costs is None else asdict(self._costs),
             "importance": self._importance_of_all(),
             **self._curvature.state(None if self._alone() else self._sum),
@@ -304,8 +310,8 @@ class MosaicDiff(PruningModule):
         state = checkpoint.get("mosaicdiff")
         if state is None:
             return
-        self.power, self._probe_cond = state["power"], state["cond"]
-        self._calibrated_on = state["calibrated_on"]
+        # The run's own seed, or a network would be cut otherwise wherever it is cut again.
+        self.power, self._probe_cond, self.seed = state["power"], state["cond"], state["seed"]
         self._kept = [(x0, cond) for x0, cond in state["kept"]]
         if (costs := state.get("costs")) is not None:
             self._costs = Costs(costs["call"], tuple(costs["units"]))
@@ -319,6 +325,7 @@ class MosaicDiff(PruningModule):
             assert self._curvature is not None
             self._curvature.load(state)
             self._importance = dict(state["importance"])
+            self._seen_images = int(state["calibrated_on"], 16)
         if self._wants_gradients() and state["rows"].any() and not any(v.any() for v in state["importance"].values()):
             raise InputError("ckpt_path: was calibrated without gradients, which recipe.criterion 'taylor' needs")
 
@@ -334,6 +341,11 @@ class MosaicDiff(PruningModule):
     def _importance_of_all(self) -> dict[str, Tensor]:
         alone, own = self._alone(), self._importance
         return {name: values.clone() if alone else self._sum(values.clone()) for name, values in own.items()}
+
+    def _images_of_all(self) -> str:
+        """The digest of the calibration images of all processes, in hexadecimal."""
+        parts = [self._seen_images] if self._alone() else World.current().gather(self._seen_images)
+        return f"{sum(parts) % DIGESTS:064x}"
 
     # Results
 
@@ -355,6 +367,7 @@ class MosaicDiff(PruningModule):
         assert self._probe_cond is not None
         if not self._summed:
             self._importance = self._importance_of_all()
+            self._seen_images = int(self._images_of_all(), 16)
             if not self._alone():
                 self._curvature.sum_over(self._sum)
             # The first process', or stages would differ.
@@ -377,7 +390,7 @@ class MosaicDiff(PruningModule):
             {
                 "target": self.target,
                 "target_of": self.target_of,
-                "calibration": {"of": self.calibration, "sha256": self._calibrated_on},
+                "calibration": {"of": self.calibration, "sha256": self._images_of_all()},
             },
             self._measured_costs(),
         )
@@ -403,7 +416,7 @@ class MosaicDiff(PruningModule):
         super().write_results(trainer)
 
     def _write(self, trainer: pl.Trainer, name: str, pruned: Pruned) -> None:
-        folder, stem = Path(trainer.default_root_dir) / "stages", name.replace(" ", "-")
+        folder, stem = Path(trainer.default_root_dir) / "stages", file_stem(name)
         rows, widths = drawings.stage_table(pruned), drawings.widths_table(pruned)
         curve = drawings.cost_error_curve(pruned)
         folder.mkdir(parents=True, exist_ok=True)
@@ -462,3 +475,19 @@ class MosaicDiff(PruningModule):
         """Share of the dense sampling run's MACs that is left."""
         pruned = self.results().get(self.result_name)
         return {"aten": 1.0 if pruned is None else 1 - pruned.denoiser.facts["macs_removed"]}
+
+
+def _check_names(rivals: Iterable[str], result: str) -> None:
+    """Rows and files are named after rivals."""
+    taken = {"dense": "the network they are compared with", file_stem(result): "the result"}
+    for name in rivals:
+        if not name or name.startswith(".") or "/" in name:
+            raise InputError(f"model.rivals: {name!r} cannot name a file of the run folder")
+        if (other := taken.get(file_stem(name))) is not None:
+            raise InputError(f"model.rivals: {name!r} is the name of {other}")
+        taken[file_stem(name)] = "another rival"
+
+
+def file_stem(name: str) -> str:
+    """What the files of a row are called."""
+    return name.replace(" ", "-")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.solvers import Sampler, make_solver
+from lightning_prune.diffusion.solvers import Sampler, SamplerName, make_solver
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.stages import (
@@ -26,6 +26,19 @@ from lightning_prune.pruning.stages import (
 def visited_timesteps(process: Process, sampler: Sampler) -> Tensor:
     """The timestep of every network call of a trajectory, falling [K]."""
     return make_solver(sampler, process).timesteps
+
+
+def sampler_of(name: SamplerName, calls: int, process: Process) -> Sampler:
+    """The solver in as many steps as make `calls` network calls; PLMS makes one more than it has steps.
+
+    Raises:
+        InputError: no number of steps makes as many.
+    """
+    for steps in range(calls, 0, -1):
+        sampler = Sampler(name, steps)
+        if sampler.calls(process) == calls:
+            return sampler
+    raise InputError(f"model.sampler: the stages are for {calls} network calls, which no number of {name} steps makes")
 
 
 def check_calls(drawn: Sampler, process: Process, calls: int) -> None:

@@ -107,7 +107,7 @@ class Pruner:
         problem = self.problem(stages, recipe, removals)
         if recipe.allocation == "measured" and recipe.sensitivity != "layer":
             problem = replace(problem, errors=measured_errors(self, stages, recipe, removals, problem))
-        timed = self._timed(problem)
+        timed = None if self.costs is None else in_seconds(problem, self.costs)
         removed = self._allocate(recipe, target, stages, removals, timed or problem)
         facts = {
             "recipe": asdict(recipe),
@@ -193,12 +193,6 @@ class Pruner:
         errors = [[removal.errors * s.steps for removal in row] for s, row in zip(stages, removals, strict=True)]
         steps = [stage.steps for stage in stages]
         return Problem(self.groups, self.unit_macs, self.call_macs, steps, errors, recipe.maximum)
-
-    def _timed(self, problem: Problem) -> Problem | None:
-        """The same in measured seconds, where the target is a share of them."""
-        if self.costs is None:
-            return None
-        return replace(problem, unit_macs=self.costs.units, call_macs=self.costs.call, unit="seconds")
 
     def _allocate(
         self, recipe: Recipe, target: float, stages: list[Stage], removals: list[list[Removal]], problem: Problem
@@ -311,19 +305,27 @@ def shape_problem(dense: Denoiser, grid: Grid, power: float, recipe: Recipe) -> 
 
 
 def expected_removal(
-    dense: Denoiser, grid: Grid, power: float, recipe: Recipe, target: float
+    dense: Denoiser, grid: Grid, power: float, recipe: Recipe, target: float, costs: Costs | None = None
 ) -> tuple[Problem, Removed]:
     """What a recipe would remove; recipes that measure are taken as uniform, whose MACs they share.
 
+    The target is a share of MACs, or of the seconds in `costs`.
+
     Raises:
-        InputError: the target is out of reach; the message names the largest share of MACs that is not.
+        InputError: the target is out of reach; the message names the largest share that is not.
     """
     problem, stages = shape_problem(dense, grid, power, recipe), stages_for(recipe, grid, power)
     follows = recipe if recipe.allocation == "published" else replace(recipe, allocation="uniform")
     rule = rule_of(follows, stages, grid, power)
     if recipe.sparsity is not None:
         return problem, uniform_in_stages(problem, rule(recipe.sparsity))
-    return problem, solve_level(problem, rule, problem.budget(target))[1]
+    solved = problem if costs is None else in_seconds(problem, costs)
+    return problem, solve_level(solved, rule, solved.budget(target))[1]
+
+
+def in_seconds(problem: Problem, costs: Costs) -> Problem:
+    """The same problem in measured seconds."""
+    return replace(problem, unit_macs=costs.units, call_macs=costs.call, unit="seconds")
 
 
 def parameters_held(dense: Denoiser, problem: Problem, removed: Removed, recipe: Recipe) -> int:

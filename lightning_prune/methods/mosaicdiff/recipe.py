@@ -14,6 +14,10 @@ Criterion = Literal["obs", "magnitude", "taylor", "random"]
 Sensitivity = Literal["balanced", "final", "output", "layer"]
 
 
+SNR_WEIGHTS = 0.1
+"""The largest lambda' of the normalised score: what the gradient of the error says has to prevail."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One way to prune.
@@ -64,6 +68,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.sparsity is not None and self.allocation not in ("published", "uniform"):
             raise InputError(f"recipe.sparsity: the {self.allocation!r} allocation takes model.target instead")
+        if self.sparsity is not None and not 0 <= self.sparsity <= self.maximum:
+            raise InputError(f"recipe.sparsity: {self.sparsity:g} is not in [0, recipe.maximum = {self.maximum:g}]")
+        if not 0 <= self.snr_weight <= SNR_WEIGHTS:
+            raise InputError(f"recipe.snr_weight: {self.snr_weight:g} is not in [0, {SNR_WEIGHTS:g}]")
         if self.affine and not self.compensate:
             raise InputError("recipe.affine: biases are refitted with the weights only; set compensate")
         if not 0 < self.maximum < 1:

@@ -15,7 +15,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.solvers import Sampler, SamplerName
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.methods.mosaicdiff.plan import check_calls, draw_in_bins, visited_timesteps
+from lightning_prune.methods.mosaicdiff.plan import check_calls, draw_in_bins, sampler_of, visited_timesteps
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.frozen import Frozen
@@ -47,7 +47,7 @@ class Recovery(PruningModule):
             if getattr(teacher, what) != getattr(denoiser, what):
                 raise InputError(f"model.teacher: its {what} {getattr(teacher, what)} is not {getattr(denoiser, what)}")
         self.stages = stages_of(denoiser.lengths)
-        self.predict_sampler = Sampler(sampler, denoiser.steps)
+        self.predict_sampler = sampler_of(sampler, denoiser.steps, process)
         self.visited = visited_timesteps(process, self.predict_sampler)
         self._start = Frozen(deepcopy(denoiser))
         self._teacher = Frozen(teacher)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -296,16 +297,20 @@ def run_jobs(table: Table, jobs: Sequence[Job], machine: Machine) -> list[str]:
 def _run(job: Job, machine: Machine) -> float | None:
     """Run a job, resuming it if it was interrupted. Minutes; 0 if it was there, None if it did not end well."""
     folder, began = machine.runs / job.name, time.monotonic()
+    if folder.exists() and not _is_of(job, machine):
+        print(f"{job.name}: {folder} was made by another command or config; move it away", file=sys.stderr, flush=True)
+        return None
     if (folder / "report.json").exists():
         return 0.0
     print(f"== {job.name}", flush=True)
+    machine.runs.mkdir(parents=True, exist_ok=True)
+    _note(job, machine).write_text(_origin(job, machine))
     checkpoint = folder / "checkpoints" / "last.ckpt"
     resumed = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
     command = [sys.executable, "-m", "lightning_prune", *_command(job, machine), *resumed]
     if machine.jobs == 1:
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
     else:
-        machine.runs.mkdir(parents=True, exist_ok=True)
         log = machine.runs / f"{job.name}.log"
         # Runs that all took every core would wait for each other.
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // machine.jobs))}
@@ -316,6 +321,23 @@ def _run(job: Job, machine: Machine) -> float | None:
         if status != 0:
             print(f"{job.name}: ended with {status}, see {log}", file=sys.stderr, flush=True)
     return (time.monotonic() - began) / 60 if status == 0 else None
+
+
+def _note(job: Job, machine: Machine) -> Path:
+    """What says, beside a run folder, how it was made."""
+    return machine.runs / f"{job.name}.made-by"
+
+
+def _origin(job: Job, machine: Machine) -> str:
+    """The command of a job, and its config as it is now: a folder of another one holds other results."""
+    config = ROOT / "configs" / job.config
+    digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else "no config"
+    return f"{shlex.join(_command(job, machine))}\n{job.config} {digest}\n"
+
+
+def _is_of(job: Job, machine: Machine) -> bool:
+    note = _note(job, machine)
+    return note.exists() and note.read_text() == _origin(job, machine)
 
 
 def _command(job: Job, machine: Machine) -> list[str]:

@@ -183,6 +183,29 @@ def test_runs_go_side_by_side_and_each_leaves_its_row(results: Path, monkeypatch
     assert sorted(fits.ended) == list("abcdef"), "what is there is not run again"
 
 
+def test_a_folder_of_another_command_is_not_taken_for_the_run(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits = Fits()
+    monkeypatch.setattr(tables.subprocess, "run", fits)
+    monkeypatch.setattr(tables, "ROOT", results)
+    config = results / "configs" / "x.yaml"
+    config.parent.mkdir()
+    config.write_text("model: 1")
+    assert go(results, [job("a"), job("b")]) == 0
+    (results / "method.json").unlink()
+    config.write_text("model: 2")
+    assert go(results, [job("a")]) == 1
+    assert "a was made by another command or config; move it away" in capsys.readouterr().err
+    config.write_text("model: 1")
+    assert go(results, [dataclasses.replace(job("b"), options=("--x=1",))]) == 1
+    (results / "runs" / "a.made-by").unlink()
+    assert go(results, [job("a")]) == 1, "nobody knows what made it"
+    assert fits.ended == ["a", "b"]
+    assert go(results, [job("b")]) == 0
+    assert [row["variant"] for row in json.loads((results / "method.json").read_text())] == ["b"]
+
+
 @pytest.mark.parametrize("count", ["1", "4"])
 def test_a_run_waits_for_the_one_it_reads(count: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fits = Fits()

@@ -15,9 +15,10 @@ from lightning_prune.diffusion.models.unet2d import UNet2D
 from lightning_prune.diffusion.widths import width_groups
 from lightning_prune.metrics.macs import Ledger, count
 from lightning_prune.protocols import InputError, WidthGroup
-from lightning_prune.pruning.stages import channels_removed, heads_removed
+from lightning_prune.pruning.stages import channels_removed, heads_removed, published_sparsities, stage_means
 from lightning_prune.pruning.structural import Width, masked, slim
 from tests.factories import UNET_CONFIG, tiny_dit, tiny_unet
+from tests.pruning.test_stages import divided
 
 CONDITIONED: dict[str, Any] = {
     "sample_size": 16,
@@ -219,14 +220,17 @@ def test_dit_xl_2_has_the_published_targets() -> None:
     assert dit_xl_ledger(network).macs() - ledger.macs() == (445_906_944 * 256 + attention) // 2
 
 
-@pytest.mark.parametrize(
-    ("lengths", "sparsities", "dense", "tera"),
-    [((21, 24, 5), (0.53617, 0.11502, 0.49598), 5.72, 3.9205), ((8, 10, 2), (0.49850, 0.11082, 0.45189), 2.29, 1.6411)],
-)
-def test_the_two_rows_of_the_paper_from_slimmed_networks(
-    lengths: tuple[int, ...], sparsities: tuple[float, ...], dense: float, tera: float
-) -> None:
+@pytest.mark.parametrize(("steps", "average", "dense", "tera"), [(50, 0.33, 5.72, 3.9205), (20, 0.30, 2.29, 1.6411)])
+def test_the_two_rows_of_the_paper_from_slimmed_networks(steps: int, average: float, dense: float, tera: float) -> None:
     """3.92 T and 1.64 T: the printed dense total times what is left of the linear layers that are cut."""
+    _, stages, score = divided("linear", steps)
+    sparsities = published_sparsities(stage_means(score, stages), stages, average)
+    kept = sum(stage.steps * retained(sparsity) for stage, sparsity in zip(stages, sparsities, strict=True))
+    assert dense * kept / steps == pytest.approx(tera, abs=1e-4)
+
+
+def retained(sparsity: float) -> float:
+    """What is left of the MACs of the layers that are cut, counted on DiT-XL/2 and its slim copy."""
     network = dit_xl()
     groups = width_groups(network)
 
@@ -234,12 +238,18 @@ def test_the_two_rows_of_the_paper_from_slimmed_networks(
         by_layer = dit_xl_ledger(one).by_layer("linear")
         return sum(macs for name, macs in by_layer.items() if ".attn1." in name or ".ff." in name)
 
-    kept = 0.0
-    for length, sparsity in zip(lengths, sparsities, strict=True):
-        cut = {"heads": heads_removed, "channels": channels_removed}
-        widths = {g.name: Width(tuple(range(g.units - cut[g.kind](g.units, sparsity)))) for g in groups}
-        kept += length * linear(slim(network, groups, widths)) / linear(network)
-    assert dense * kept / sum(lengths) == pytest.approx(tera, abs=1e-4)
+    cut = {"heads": heads_removed, "channels": channels_removed}
+    widths = {g.name: Width(tuple(range(g.units - cut[g.kind](g.units, sparsity)))) for g in groups}
+    return linear(slim(network, groups, widths)) / linear(network)
+
+
+@pytest.mark.parametrize(("sparsity", "share"), [(0.2, 0.8042), (0.3, 0.7167), (0.4, 0.6083), (0.5, 0.5)])
+def test_what_slim_networks_retain_at_a_ratio(sparsity: float, share: float) -> None:
+    assert retained(sparsity) == pytest.approx(share, abs=1e-4)
+
+
+def test_a_network_cut_uniformly_by_30_percent_is_the_row_of_diff_pruning() -> None:
+    assert round(retained(0.3) * 5.72, 2) == 4.10
 
 
 def test_sdxl_has_the_published_targets() -> None:

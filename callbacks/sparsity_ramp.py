@@ -31,7 +31,9 @@ class SparsityRamp(Callback):
         self._current: Sparsity | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        require(pl_module, SparsityControl, self)
+        module = require(pl_module, SparsityControl, self)
+        for pattern in self.chain:
+            module.check_sparsity(pattern)
         target = getattr(pl_module, "target_sparsity", self.chain[-1])
         if target != self.chain[-1]:
             raise InputError(f"SparsityRamp.chain ends at {self.chain[-1]}, but model.sparsity is {target}")

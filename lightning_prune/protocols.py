@@ -158,6 +158,9 @@ class SparsityControl(Protocol):
 
     def set_sparsity(self, sparsity: Sparsity | None) -> None: ...
 
+    def check_sparsity(self, sparsity: Sparsity | None) -> None:
+        """Raises `InputError` for a pattern that no layer can have."""
+
     def density_by_layer(self) -> Mapping[str, float]: ...
 
     def mask_violations(self, compare: bool = False) -> int: ...

@@ -190,8 +190,9 @@ def select_units(
         InputError: a pattern that is no regular expression or matches nothing, a chosen layer that does not
             divide, or no layer left.
     """
-    _check_patterns("layers", include or [], units)
-    _check_patterns("dense_layers", exclude, units)
+    names = [unit.name for unit in units]
+    _check_patterns("layers", include or [], names)
+    _check_patterns("dense_layers", exclude, names)
     chosen = [unit for unit in units if (include is None or _matches(unit, include)) and not _matches(unit, exclude)]
     fit = [unit for unit in chosen if unit.group_size % m == 0]
     if include is not None and len(fit) < len(chosen):
@@ -206,14 +207,19 @@ def _matches(unit: PrunableUnit, patterns: Sequence[str]) -> bool:
     return any(re.fullmatch(pattern, unit.name) for pattern in patterns)
 
 
-def _check_patterns(key: str, patterns: Sequence[str], units: Sequence[PrunableUnit]) -> None:
+def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
     for pattern in patterns:
         try:
-            hit = any(re.fullmatch(pattern, unit.name) for unit in units)
+            hit = any(re.fullmatch(pattern, name) for name in names)
         except re.error as error:
             raise InputError(f"{key}: {pattern!r} is no regular expression: {error}") from error
         if not hit:
-            raise InputError(f"{key}: pattern {pattern!r} matches no layer, the first of which is {units[0].name!r}")
+            raise InputError(f"{key}: pattern {pattern!r} matches no layer, the first of which is {names[0]!r}")
+
+
+def _check_divides(layers: Mapping[str, MaskedLayer], sparsity: Sparsity | None) -> None:
+    if sparsity is not None and all(_fitting(layer, sparsity) is None for layer in layers.values()):
+        raise InputError(f"sparsity {sparsity}: the input dimension of no masked layer is a multiple of {sparsity.m}")
 
 
 class MaskSet:
@@ -233,14 +239,33 @@ class MaskSet:
         """Change the pattern of all layers, or of those whose name matches a key of a mapping, in place.
 
         A layer whose input dimension is no multiple of m computes densely while that pattern is in force.
+
+        Raises:
+            InputError: a pattern that divides none of its layers, or a key that is no regular expression or matches no
+                layer; nothing is changed then.
         """
-        for name, layer in self.layers.items():
-            if isinstance(sparsity, Mapping):
-                for pattern, value in sparsity.items():
-                    if re.fullmatch(pattern, name):
-                        layer.set_sparsity(_fitting(layer, value))
-            else:
-                layer.set_sparsity(_fitting(layer, sparsity))
+        wanted = self._wanted(sparsity)
+        for layer, value in wanted:
+            layer.set_sparsity(_fitting(layer, value))
+
+    def check_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
+        """Raise what `set_sparsity` would, and change nothing."""
+        self._wanted(sparsity)
+
+    def _wanted(
+        self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]
+    ) -> list[tuple[MaskedLayer, Sparsity | None]]:
+        """Layers and what they are to compute under; of several keys that match a layer the last counts."""
+        if not isinstance(sparsity, Mapping):
+            _check_divides(self.layers, sparsity)
+            return [(layer, sparsity) for layer in self.layers.values()]
+        _check_patterns("set_sparsity", list(sparsity), list(self.layers))
+        found: list[tuple[MaskedLayer, Sparsity | None]] = []
+        for pattern, value in sparsity.items():
+            matched = {name: layer for name, layer in self.layers.items() if re.fullmatch(pattern, name)}
+            _check_divides(matched, value)
+            found += [(layer, value) for layer in matched.values()]
+        return found
 
     def refresh(self) -> None:
         """Derive every mask that is not frozen from the current weights; call after weights changed in place."""

@@ -201,6 +201,8 @@ def test_an_interrupted_calibration_goes_on(last: int, tmp_path: Path) -> None:
 
     first = tiny_sparsedm(one_shot=True, **arguments)
     fit(first, tmp_path, max_steps=-1, max_epochs=1, limit_train_batches=3, callbacks=[Stop()])
+    with pytest.raises(InputError, match="its calibration has not ended"):  # as `export` reads it
+        tiny_sparsedm(one_shot=True, **arguments).on_load_checkpoint(torch.load(tmp_path / "half.ckpt"))
     resumed = tiny_sparsedm(one_shot=True, **arguments)
     options: dict[str, Any] = {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 3}
     fit(resumed, tmp_path, ckpt_path=tmp_path / "half.ckpt", **options)

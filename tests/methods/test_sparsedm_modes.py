@@ -8,12 +8,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_prune.callbacks import MaskInvariant
+from lightning_prune.callbacks import MaskInvariant, SparsityRamp
 from lightning_prune.callbacks.capability import require
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.sparsedm import SparseDM
+from lightning_prune.methods.sparsedm.calibration import Allocation
 from lightning_prune.methods.sparsedm.stepwise import stepwise
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError, Sparsity, SparsityControl
@@ -128,6 +129,44 @@ def test_random_masks_are_those_of_the_seed() -> None:
     masks = [masks_of(module) for module in (first, again, other)]
     assert same(masks[0], masks[1])
     assert not same(masks[0], masks[2])
+
+
+def test_random_masks_are_those_of_the_run_whose_checkpoint_it_is(tmp_path: Path) -> None:
+    run = tiny_sparsedm(mask_scores="random", seed=1, ema_decay=None)
+    fit(run, tmp_path, max_steps=1).save_checkpoint(tmp_path / "c.ckpt")
+    other, checkpoint = tiny_sparsedm(mask_scores="random", seed=0), torch.load(tmp_path / "c.ckpt", weights_only=True)
+    assert any(not torch.equal(m, other.masks.masks()[name]) for name, m in run.masks.masks().items())
+    other.load_state_dict(checkpoint["state_dict"])
+    other.on_load_checkpoint(checkpoint)
+    assert all(torch.equal(m, other.masks.masks()[name]) for name, m in run.masks.masks().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"layers": [r".*ff.*"]}, r"ckpt_path: was made with model\.layers 12 layers \(.*\), which is 4 layers"),
+        ({"mask_scores": "position"}, r"ckpt_path: was made with model\.mask_scores magnitude, which is position now"),
+        ({"allocation": Allocation(0.6)}, r"ckpt_path: was made with model\.allocation null"),
+    ],
+)
+def test_a_checkpoint_of_other_masks_is_refused(arguments: dict[str, Any], named: str, tmp_path: Path) -> None:
+    fit(tiny_sparsedm(ema_decay=None), tmp_path, max_steps=1).save_checkpoint(tmp_path / "c.ckpt")
+    with pytest.raises(InputError, match=named):
+        fit(tiny_sparsedm(ema_decay=None, **arguments), tmp_path, tmp_path / "c.ckpt", max_steps=2)
+
+
+@pytest.mark.parametrize("sparsity", [Sparsity(2, 7), {".*ff.*": Sparsity(2, 7)}, {"typo.*": None}, {"[": None}])
+def test_a_pattern_that_no_layer_can_have_changes_nothing(sparsity: Any) -> None:
+    module = tiny_sparsedm()
+    before = {name: layer.sparsity for name, layer in module.masks.layers.items()}
+    with pytest.raises(InputError, match=r"multiple of 7|'typo\.\*' matches no layer|no regular expression"):
+        module.set_sparsity(sparsity)
+    assert {name: layer.sparsity for name, layer in module.masks.layers.items()} == before
+
+
+def test_a_ramp_over_a_pattern_that_no_layer_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sparsity 6:7: the input dimension of no masked layer is a multiple of 7"):
+        fit(tiny_sparsedm(), tmp_path, callbacks=[SparsityRamp(["6:7", "2:4"], 0.5)])
 
 
 def test_which_further_pattern_a_step_trains_is_not_read_from_the_device() -> None:
@@ -248,6 +287,10 @@ def test_patterns_by_step_begin_at_0_and_rise(starts: list[float]) -> None:
         ({"also": ["1:4"]}, "also: 1:4 does not lie between"),
         ({"also": ["4:4"]}, "also: 4:4 does not lie between"),
         ({"also": ["9:8"]}, "9:8"),
+        ({"also": ["6:7"]}, "sparsity 6:7: .* no masked layer is a multiple of 7"),
+        ({"also": ["3:4"], "freeze_masks_at": 0.5}, r"model\.also: masks of several patterns follow"),
+        ({"also": ["3:4"], "mask_scores": "random"}, r"model\.also: masks of several patterns follow"),
+        ({"also": ["3:4"], "one_shot": True}, r"model\.also: with model\.one_shot nothing is trained"),
     ],
 )
 def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) -> None:

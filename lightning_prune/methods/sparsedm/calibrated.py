@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, distributed
 
 from lightning_prune.diffusion.conditions import move
 from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration, Statistics
@@ -126,19 +127,27 @@ class Calibrated(PruningModule):
         if self.trainer.world_size > 1:
             statistics.sum_over(self._summed)
         if scales := statistics.scales():
-            self.masks.set_scales(scales)
+            self.masks.set_scales(self.trainer.strategy.broadcast(scales))
         if self.allocation is not None:
             ledger = self.ledger()
-            self._patterns, _ = statistics.allocate(self.allocation, ledger.by_layer(), ledger.macs(), self._averaged)
+            chosen, _ = statistics.allocate(self.allocation, ledger.by_layer(), ledger.macs(), self._averaged)
+            self._patterns = self.trainer.strategy.broadcast(chosen)
         self.set_sparsity(self.pattern)
         if self.calibration.compensate:
             lost = statistics.compensate()
+            self._share_weights()
             self._say(f"calibration: {len(lost)} layers refitted, {sum(lost.values()) / len(lost):.4f} of output lost")
         if self.allocation is not None:
             kept = self.kept_fraction()["aten"]
             self._say(f"allocation: {kept:.4f} of MACs kept, budget {self.allocation.budget:g}")
         self._ready = True
         self.weights_changed()
+
+    def _share_weights(self) -> None:
+        """Take the first process' weights: factorisations of other machines may differ in their last digits."""
+        if self.trainer.world_size > 1:
+            for parameter in self.denoiser.parameters():
+                distributed.broadcast(parameter.data, 0)
 
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero:
@@ -154,7 +163,7 @@ class Calibrated(PruningModule):
     def _averaged(self, tensor: Tensor) -> Tensor:
         return self._summed(tensor) / self.trainer.world_size
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Before any checkpoint behind the last batch, which holds the result.
         if self.trainer.is_last_batch:
             self._prune_once()
@@ -191,6 +200,8 @@ class Calibrated(PruningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seen = checkpoint.get("statistics")
+        if self._seen is not None and (self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING):
+            raise InputError("ckpt_path: its calibration has not ended, so there is no result yet; go on with `fit`")
         if (calibrated := checkpoint.get("calibrated")) is not None:
             for name, scale in calibrated["scales"].items():
                 self.masks.layers[name].set_scale(scale)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -115,14 +118,16 @@ class SparseDM(Calibrated):
             raise InputError("model.noise_weight and model.distill_weight are both 0: there is nothing to learn from")
         if freeze_masks_at is not None and not 0 <= freeze_masks_at < 1:
             raise InputError(f"model.freeze_masks_at: {freeze_masks_at} is not in [0, 1)")
-        if one_shot and freeze_masks_at is not None:
-            raise InputError("model.freeze_masks_at: with model.one_shot nothing is trained")
+        if one_shot and (freeze_masks_at is not None or also):
+            raise InputError(f"model.{'also' if also else 'freeze_masks_at'}: with model.one_shot nothing is trained")
         if distillation.features > 0 and compile:
             raise InputError("model.compile: outputs of blocks cannot be matched in a compiled network")
         if distill_weight == 0 and distillation != Distillation():
             raise InputError("model.distillation: model.distill_weight is 0, so nothing is distilled")
         if also and (distillation.features > 0 or distillation.guidance is not None or allocation is not None):
             raise InputError("model.also: several patterns have no allocation, features or guidance yet")
+        if also and (freeze_masks_at is not None or mask_scores != "magnitude"):
+            raise InputError("model.also: masks of several patterns follow the magnitude of the weights to the end")
         self.target_sparsity = Sparsity.parse(sparsity)
         self.also = check_also([Sparsity.parse(pattern) for pattern in also or []], self.target_sparsity)
         self.freeze_masks_at = freeze_masks_at
@@ -133,8 +138,9 @@ class SparseDM(Calibrated):
         exclude = denoiser.default_dense() if dense_layers is None else dense_layers
         self._units = select_units(denoiser.anatomy(), layers, exclude, self.target_sparsity.m)
         self.masks = MaskSet(denoiser.network, self._units, self.pattern)
-        if (scores := fixed_scores(mask_scores, self.masks.layers, self.seed)) is not None:
-            self.masks.set_scores(scores)
+        for pattern in self.also:
+            self.masks.check_sparsity(pattern)
+        self._fix_scores(self.seed)
         if self.pattern is None and (self.is_calibrated or one_shot):
             raise InputError(f"model.sparsity: {self.target_sparsity} is dense, so there is nothing to calibrate for")
         self._now: Sparsity | None = self.pattern
@@ -158,6 +164,11 @@ class SparseDM(Calibrated):
         """Row name of the result."""
         calibrated = "calibrated " if self.is_calibrated else ""
         return f"{calibrated}one-shot at {self.target}" if self.one_shot else f"sparsedm {self.target}"
+
+    def _fix_scores(self, seed: int) -> None:
+        self._scored_by = seed
+        if (scores := fixed_scores(self.mask_scores, self.masks.layers, seed)) is not None:
+            self.masks.set_scores(scores)
 
     # Training
 
@@ -257,6 +268,7 @@ class SparseDM(Calibrated):
                 self.masks.freeze()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
         if self._flips:
             self.log("flip_rate", sum(self._flips.values()) / len(self._flips))
             self.log_dict({f"flip_rate/{name}": value for name, value in self._flips.items()})
@@ -266,13 +278,32 @@ class SparseDM(Calibrated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        checkpoint["masks"] = {"of": self._marks(), "scored_by": self._scored_by}
         if self.freeze_masks_at is not None:
             checkpoint["frozen_masks"] = self.masks.frozen_masks()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for key, value in (checkpoint["masks"]["of"] if "masks" in checkpoint else {}).items():
+            if value != (own := self._marks()[key]):
+                raise InputError(f"ckpt_path: was made with {key} {value}, which is {own} now")
         super().on_load_checkpoint(checkpoint)
+        if "masks" in checkpoint and checkpoint["masks"]["scored_by"] != self._scored_by:
+            # Scores that were drawn are drawn again by the seed of the run.
+            self._fix_scores(checkpoint["masks"]["scored_by"])
+            self.masks.refresh()
         if "frozen_masks" in checkpoint:
             self.masks.restore(checkpoint["frozen_masks"])
+
+    def _marks(self) -> dict[str, Any]:
+        """What a checkpoint must agree in, by key of the config; plain values."""
+        allocation = None if self.allocation is None else asdict(self.allocation)
+        names = " ".join(self.masks.layers).encode()
+        return {
+            "model.layers": f"{len(self.masks.layers)} layers ({hashlib.sha256(names).hexdigest()[:8]})",
+            "model.mask_scores": self.mask_scores,
+            "model.calibration.compensate": self.calibration.compensate,
+            "model.allocation": json.dumps(allocation),
+        }
 
     def on_fit_start(self) -> None:
         fused = any(group.get("fused") for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
@@ -334,6 +365,9 @@ class SparseDM(Calibrated):
         self.masks.set_sparsity(self.allotted(sparsity))
         if not isinstance(sparsity, Mapping):
             self._now = sparsity
+
+    def check_sparsity(self, sparsity: Sparsity | None) -> None:
+        self.masks.check_sparsity(sparsity)
 
     def density_by_layer(self) -> Mapping[str, float]:
         return self.masks.density_by_layer()

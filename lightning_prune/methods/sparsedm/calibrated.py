@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor, distributed
@@ -85,6 +86,10 @@ class Calibrated(PruningModule):
             return super().training_step(batch, batch_idx)
         self._see(batch, self.trainer.fit_loop.epoch_loop.total_batch_idx)
         self.log("samples", float(len(batch["x"])))
+        if self.trainer.is_last_batch:
+            # Within the step, so that any checkpoint behind it holds the result; statistics alone are of its precision.
+            with torch.autocast(self.device.type, enabled=False):
+                self._prune_once()
         return None
 
     def configure_optimizers(self) -> Any:
@@ -162,11 +167,6 @@ class Calibrated(PruningModule):
 
     def _averaged(self, tensor: Tensor) -> Tensor:
         return self._summed(tensor) / self.trainer.world_size
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # Before any checkpoint behind the last batch, which holds the result.
-        if self.trainer.is_last_batch:
-            self._prune_once()
 
     def on_train_end(self) -> None:
         self._prune_once()  # a run that went on behind its last batch

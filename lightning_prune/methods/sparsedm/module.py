@@ -268,7 +268,6 @@ class SparseDM(Calibrated):
                 self.masks.freeze()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        super().on_train_batch_end(outputs, batch, batch_idx)
         if self._flips:
             self.log("flip_rate", sum(self._flips.values()) / len(self._flips))
             self.log_dict({f"flip_rate/{name}": value for name, value in self._flips.items()})

@@ -51,6 +51,7 @@ class Job:
         tier: "core" or "extension".
         minutes: what it takes on two CPU cores, for `--estimate`.
         after: job that must have been run before, because its artifact is read.
+        target_kind: what `target` is, where it is not what the table's targets are.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Job:
     minutes: float = 0.0
     after: str | None = None
     sample_seed: int = 0
+    target_kind: str | None = None
 
 
 @dataclass
@@ -135,7 +137,7 @@ class Table:
             "schema": 1,
             **_identity(job, variant),
             "method": self.method,
-            "target_kind": self.target_kind,
+            "target_kind": job.target_kind or self.target_kind,
             "tier": job.tier,
             "fd_fashion": found["fd_fashion"],
             "macs_per_image": found["macs_per_image"],

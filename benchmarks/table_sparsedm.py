@@ -99,7 +99,7 @@ def jobs() -> Iterator[Job]:
             network, "calibrated-one-shot", "calibrated one-shot at 2:4", "baselines/calibrated-one-shot.yaml"
         )
         removed = f"--model.target={REMOVED[network]}"
-        config = "baselines/one-network-taylor.yaml"
+        config = "baselines/one-network-diff-pruning.yaml"
         yield _one_shot(network, "diff-pruning-one-shot", "mosaicdiff uniform", config, (removed,))
         yield _diff_pruning(network)
     for variant, options in TRIED.items():

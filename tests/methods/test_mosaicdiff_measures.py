@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_prune.data import EmbeddedFashion
+from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe, evolution, relaxation
+from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe, evolution, first_order, relaxation
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe, output_error, steps_to_probe
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.pruning.allocation import Problem, Removed
@@ -103,6 +104,68 @@ def test_the_first_order_criterion_lets_units_go_that_nothing_depends_on(tmp_pat
     network = pruned.results()[pruned.result_name].denoiser.networks[0]
     left = network.get_submodule(group.output).get_parameter("weight")
     assert (left != 0).any(0).all(), "the idle ones went first"
+
+
+def test_diff_pruning_adds_up_weight_times_gradient_over_informative_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_dit()
+    generator = torch.Generator().manual_seed(2)
+    x0, noise = (torch.randn(4, *dense.sample_shape, generator=generator) for _ in range(2))
+    labels, groups = torch.arange(4), list(dense.groups())
+    seen: list[int] = []
+    losses = {0: 1.0, 10: 0.5, 20: 0.04}  # of its largest 4 % at the third, which no longer counts
+
+    def loss(predicted: Tensor, target: Tensor) -> Tensor:
+        t = 10 * len(seen)
+        seen.append(t)
+        own: Tensor = (predicted - target).square().mean()
+        return own / own.detach() * losses[t] / first_order._of_noise(PROCESS, torch.tensor([t]))
+
+    monkeypatch.setattr(first_order, "mse_loss", loss)
+    found = first_order.diff_pruning(dense, groups, PROCESS, x0, labels, noise)
+    assert seen == [0, 10, 20]
+    expected = {name: torch.zeros_like(p) for name, p in dense.network.named_parameters()}
+    for step in (0, 10):
+        t = torch.full((4,), step)
+        error = (dense(PROCESS.add_noise(x0, noise, t), t, labels) - PROCESS.target(x0, noise, t)).square().mean()
+        dense.zero_grad()
+        (error / error.detach() * losses[step]).backward()
+        for name, parameter in dense.network.named_parameters():
+            expected[name] += 0 if parameter.grad is None else parameter.grad
+    group = next(g for g in groups if g.kind == "heads")
+    parts = dict(dense.network.named_parameters())
+    for unit in range(group.units):
+        rows = slice(unit * group.channels, (unit + 1) * group.channels)
+        total = torch.zeros(())
+        for cut in group.cuts:
+            product = (parts[cut.parameter] * expected[cut.parameter]).detach().abs()
+            total = total + (product[rows] if cut.dim == 0 else product[:, rows]).sum()
+        assert float(found[group.name][unit]) == pytest.approx(float(total), rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_the_loss_of_a_prediction_is_that_of_the_noise_it_implies(prediction: Any) -> None:
+    process, t = Process(prediction=prediction, clip_sample=False), torch.full((4,), 300)
+    generator = torch.Generator().manual_seed(2)
+    x0, noise, wrong = (torch.randn(4, 1, 8, 8, generator=generator) for _ in range(3))
+    target, x_t = process.target(x0, noise, t), process.add_noise(x0, noise, t)
+    _, implied = process.x0_and_noise(target + 0.1 * wrong, x_t, t)
+    own = float((0.1 * wrong).square().mean())
+    assert own * first_order._of_noise(process, t) == pytest.approx(float((implied - noise).square().mean()), rel=1e-3)
+
+
+def test_units_that_nothing_depends_on_go_first_by_diff_pruning_too(tmp_path: Path) -> None:
+    pruned = module(recipe=Recipe("uniform", stages=1, criterion="diff-pruning", compensate=False))
+    group = pruned.denoiser.groups()[-1]
+    idle = [3, 7, 11]
+    with torch.no_grad():
+        for cut in group.cuts:
+            weight = pruned.denoiser.network.get_parameter(cut.parameter)
+            weight.movedim(cut.dim, 0)[idle] = 0
+    calibrate(pruned, tmp_path, 1)
+    network = pruned.results()[pruned.result_name].denoiser.networks[0]
+    left = network.get_submodule(group.output).get_parameter("weight")
+    assert (left != 0).any(0).all(), "the idle ones went first"
+    assert all(p.grad is None for p in pruned.denoiser.parameters())
 
 
 def first_batch() -> Tensor:

@@ -17,6 +17,7 @@ from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import guided
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import evolution, relaxation
+from lightning_prune.methods.mosaicdiff.first_order import diff_pruning
 from lightning_prune.methods.mosaicdiff.plan import sampling_grid, share_of_bins, stages_for, visited_timesteps
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.methods.mosaicdiff.seconds import Costs
@@ -40,6 +41,7 @@ from lightning_prune.pruning.structural import Width, slim
 from lightning_prune.seeds import derive
 
 _IMAGES_AT_ONCE = 16
+_IMAGES_OF_GRADIENTS = 128
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Pruner:
     costs: Costs | None = None
     curves: dict[Any, Tensor] = field(default_factory=dict)
     _known: dict[Any, Removal] = field(default_factory=dict)
+    _first_order: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.groups: list[WidthGroup] = list(self.dense.groups())
@@ -180,11 +183,24 @@ class Pruner:
         if recipe.criterion == "taylor":
             weights = torch.tensor(share_of_bins(stage, self.bins), dtype=torch.float64)
             scores = weights @ self.importance[group.name]
+        elif recipe.criterion == "diff-pruning":
+            scores = self._diff_pruning()[group.name]
         else:
             columns = layer.weight[:, : group.units * group.columns]
             scores = columns.square().sum(0).view(group.units, -1).sum(1)
         order: list[int] = scores.argsort(stable=True).tolist()
         return order[:-1]
+
+    def _diff_pruning(self) -> dict[str, Tensor]:
+        """Of the first kept images; the same for all stages."""
+        if not self._first_order:
+            x0, cond = self.kept[0]
+            x0, cond = x0[:_IMAGES_OF_GRADIENTS], rows_of(cond, slice(_IMAGES_OF_GRADIENTS))
+            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(derive(self.seed, 74)))
+            device = next(self.dense.parameters()).device
+            moved = x0.to(device), move(cond, device), noise.to(device)
+            self._first_order = diff_pruning(self.dense, self.groups, self.process, *moved)
+        return self._first_order
 
     # Allocation
 

@@ -10,7 +10,7 @@ from lightning_prune.pruning.recalibration import Match
 from lightning_prune.pruning.stages import MAXIMUM
 
 Allocator = Literal["published", "uniform", "measured", "evolution", "learned"]
-Criterion = Literal["obs", "magnitude", "taylor", "random"]
+Criterion = Literal["obs", "magnitude", "taylor", "diff-pruning", "random"]
 Sensitivity = Literal["balanced", "final", "output", "layer"]
 
 
@@ -29,7 +29,7 @@ class Recipe:
             widths of stages and layers by gradient.
         stages: number of stages of equal length; null takes the early, middle and late stage of the published rule.
         criterion: what units go first: Optimal Brain Surgeon's error, the norm of their weights, the first-order change
-            of the loss, or chance.
+            of the loss, that of Diff-Pruning over informative timesteps, or chance.
         compensate: refit the layers that read removed units.
         recalibrate: refit them, with their biases, once more in the order they run, on what they read in the pruned
             network; follows `compensate`.

@@ -59,6 +59,15 @@ EXTENSION: Recipes = {
     "ten-stages": {**MEASURED, "stages": 10},
     "published-snr": {"allocation": "published", "snr_weight": 0.05},
 }
+# Early or late? Layers cut alike, stages not.
+PROFILES: Recipes = {
+    name: {"allocation": "uniform", "stages": 5, "profile": profile}
+    for name, profile in {
+        "profile-early-heavy": [1.3, 1.15, 1.0, 0.85, 0.7],
+        "profile-late-heavy": [0.7, 0.85, 1.0, 1.15, 1.3],
+        "profile-middle-heavy": [0.8, 1.0, 1.4, 1.0, 0.8],
+    }.items()
+}
 CALIBRATIONS = {
     "not-recalibrated-own-states": (
         f"--model.recipe={json.dumps(NOT_RECALIBRATED)}",
@@ -81,6 +90,7 @@ def jobs() -> Iterator[Job]:
         for target in targets:
             yield _baselines(network, target)
     yield _job("fashion_dit-switches-0.33-0", 0.33, EXTENSION, {}, tier="extension")
+    yield _job("fashion_dit-profiles-0.33-0", 0.33, PROFILES, {}, tier="extension")
     for name, options in CALIBRATIONS.items():
         rivals = AS_PUBLISHED if name == "undamped" else {}
         yield _job(f"fashion_dit-{name}-0.33-0", 0.33, rivals, {RESULT: name}, tier="extension", options=options)

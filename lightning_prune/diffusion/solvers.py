@@ -6,7 +6,7 @@ of gates keeps; ours goes from each timestep to the next in the list.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
@@ -108,6 +108,15 @@ class Solver(Protocol):
     def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor: ...
 
     def step(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor: ...
+
+
+def most_steps(sampler: Sampler, process: Process, calls: int) -> Sampler:
+    """The sampler with as many evenly spaced steps as make at most `calls` network calls, at least one step."""
+    for steps in range(min(calls, process.timesteps), 1, -1):
+        fewer = replace(sampler, steps=steps, timesteps=None)
+        if fewer.calls(process) <= calls:
+            return fewer
+    return replace(sampler, steps=1, timesteps=None)
 
 
 def make_solver(sampler: Sampler, process: Process) -> Solver:

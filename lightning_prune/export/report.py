@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
-from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.diffusion.solvers import Sampler, most_steps
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.evaluation import Score
 from lightning_prune.metrics.frechet import Distance, paired_difference
@@ -61,10 +61,10 @@ def with_fewer_steps(variants: Mapping[str, Variant], process: Process, sampler:
     *rest, result = variants
     first = variants[rest[0]]
     budget = trajectory_cost(variants[result].denoiser, process, variants[result].sampler or sampler).macs()
-    a_step = trajectory_cost(first.denoiser, process, replace(sampler, steps=1)).macs()
-    allowed = budget + _EQUAL * trajectory_cost(first.denoiser, process, sampler).macs()
-    steps = max(1, int(allowed / a_step))
-    control = {f"{rest[0]}, {steps} steps": Variant(first.denoiser, replace(sampler, steps=steps))}
+    whole = trajectory_cost(first.denoiser, process, sampler).macs()
+    calls = int((budget + _EQUAL * whole) * sampler.calls(process) / whole)
+    fewer = most_steps(sampler, process, calls)
+    control = {f"{rest[0]}, {fewer.steps} steps": Variant(first.denoiser, fewer)}
     return {**{name: variants[name] for name in rest}, **control, result: variants[result]}
 
 

@@ -123,6 +123,21 @@ def solve_level(problem: Problem, rule: Callable[[float], Sequence[float]], budg
     return high, give_back(problem, uniform_in_stages(problem, rule(high)), budget)
 
 
+def profile_rule(profile: Sequence[float], maximum: float) -> Callable[[float], list[float]]:
+    """From a level in [0, maximum] to sparsities of stages in proportion to a profile; none passes the maximum.
+
+    At the largest level every stage has reached it, so any budget within reach is met.
+    """
+
+    def rule(level: float) -> list[float]:
+        share = level / maximum
+        if share >= 1:
+            return [maximum] * len(profile)
+        return [min(maximum, share / (1 - share) * part) for part in profile]
+
+    return rule
+
+
 def give_back(problem: Problem, removed: Removed, budget: int) -> Removed:
     """Return units while they fit into the budget, the one that lowers the error most per MAC first."""
     removed = [list(row) for row in removed]

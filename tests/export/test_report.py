@@ -69,6 +69,15 @@ def test_fewer_steps_cost_no_more_than_the_result_and_less_than_a_step_below() -
     assert 0 <= found["result"].macs_per_image - found[control].macs_per_image < a_step
 
 
+def test_a_solver_of_one_call_more_than_steps_costs_no_more_than_the_result_either() -> None:
+    sampler = Sampler("plms", 20)
+    compared = with_fewer_steps(variants(Sparsity(2, 4)), PROCESS, sampler)
+    *_, control, _ = compared
+    found = costs(compared, PROCESS, sampler)
+    assert compared[control].sampler is not None
+    assert 0 <= found["result"].macs_per_image - found[control].macs_per_image < found["dense"].macs_per_image / 21
+
+
 def test_nothing_saved_leaves_all_steps() -> None:
     assert "dense, 20 steps" in with_fewer_steps(variants(None), PROCESS, SAMPLER)
 

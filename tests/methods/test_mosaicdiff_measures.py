@@ -15,7 +15,7 @@ from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe, evolution, first_order, relaxation
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe, output_error, steps_to_probe
 from lightning_prune.metrics.trajectory import trajectory_cost
-from lightning_prune.pruning.allocation import Problem, Removed
+from lightning_prune.pruning.allocation import Problem, Removed, profile_rule
 from lightning_prune.pruning.obs import Removal
 from lightning_prune.pruning.replay import Replay
 from lightning_prune.pruning.stages import equal_stages
@@ -166,6 +166,17 @@ def test_units_that_nothing_depends_on_go_first_by_diff_pruning_too(tmp_path: Pa
     left = network.get_submodule(group.output).get_parameter("weight")
     assert (left != 0).any(0).all(), "the idle ones went first"
     assert all(p.grad is None for p in pruned.denoiser.parameters())
+
+
+def test_a_profile_cuts_stages_in_proportion_and_meets_the_target(tmp_path: Path) -> None:
+    recipe = Recipe("uniform", stages=2, profile=(1.5, 0.5))
+    pruned = calibrate(module(recipe=recipe), tmp_path, 1).results()["mosaicdiff uniform"]
+    early, late = pruned.removed
+    wide = [g for g, group in enumerate(pruned.problem.groups) if group.kind == "channels"]
+    assert all(early[g] / late[g] == pytest.approx(3, rel=0.15) for g in wide)
+    assert 0.25 <= pruned.denoiser.facts["macs_removed"] < 0.27
+    assert profile_rule([1.5, 0.5], 0.9)(0.9) == [0.9, 0.9], "everything is within reach"
+    assert profile_rule([1.5, 0.5], 0.9)(0.45) == [0.9, 0.5]
 
 
 def first_batch() -> Tensor:

@@ -11,7 +11,7 @@ from lightning_prune.blocks import BlockCosts, BlockGraph, CacheMode, GateSchedu
 from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.solvers import Sampler, make_solver
+from lightning_prune.diffusion.solvers import Sampler, make_solver, most_steps
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.budget import solve
@@ -82,15 +82,6 @@ def _lacking(name: Control, sampler: Sampler, process: Process) -> str | None:
     return None
 
 
-def fewer_steps(problem: GateProblem, calls: int) -> Sampler:
-    """The sampler with as many steps as make at most `calls` network calls, at least one."""
-    for steps in range(calls, 1, -1):
-        sampler = replace(problem.sampler, steps=steps, timesteps=None)
-        if sampler.calls(problem.process) <= calls:
-            return sampler
-    return replace(problem.sampler, steps=1, timesteps=None)
-
-
 def control(
     name: Control, denoiser: Denoiser, problem: GateProblem, budget: float, learned: GateSchedule, seed: int = 0
 ) -> tuple[str, Variant]:
@@ -105,7 +96,7 @@ def control(
     count = problem.affordable_steps(budget)
     label = _steps(count)
     if name == "fewer-steps":
-        sampler = fewer_steps(problem, count)
+        sampler = most_steps(problem.sampler, problem.process, count)
         return f"{sampler.name} {_steps(sampler.steps)}", Variant(denoiser, sampler)
     if name == "kept-steps":
         return f"{problem.sampler.name} {label} kept", Variant(denoiser, kept_steps(problem, learned, count))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from lightning_prune.pruning.allocation import Problem, Removed, solve_level
+from lightning_prune.pruning.allocation import Problem, Removed, profile_rule, solve_level
 
 _PARENTS = 3
 _SPREAD = 0.5
@@ -29,20 +29,7 @@ def search(problem: Problem, budget: int, drift: Callable[[Removed], float], eva
             parent = parents[int(torch.randint(len(parents), (), generator=generator))][1]
             steps = torch.randn(stages, generator=generator) * _SPREAD
             profile = [p * math.exp(float(step)) for p, step in zip(parent, steps, strict=True)]
-        removed = _scaled(problem, budget, profile)
+        removed = solve_level(problem, profile_rule(profile, problem.maximum), budget)[1]
         population.append((drift(removed), profile, removed))
         population.sort(key=lambda candidate: candidate[0])
     return population[0][2]
-
-
-def _scaled(problem: Problem, budget: int, profile: list[float]) -> Removed:
-    """A profile grows until the budget is met; what passes the maximum stops there."""
-
-    def rule(level: float) -> list[float]:
-        # At the largest level every stage has reached its maximum, so any budget within reach is met.
-        share = level / problem.maximum
-        floor = 0.0 if share < 1 else problem.maximum
-        strength = share / (1 - share) if share < 1 else math.inf
-        return [max(floor, min(problem.maximum, strength * p)) if share < 1 else problem.maximum for p in profile]
-
-    return solve_level(problem, rule, budget)[1]

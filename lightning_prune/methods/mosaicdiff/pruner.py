@@ -29,6 +29,7 @@ from lightning_prune.pruning.allocation import (
     Removed,
     dynamic,
     give_back,
+    profile_rule,
     rising,
     solve_level,
     uniform_in_stages,
@@ -305,6 +306,8 @@ class Pruner:
 
 def rule_of(recipe: Recipe, stages: Sequence[Stage], grid: Grid, power: float) -> Callable[[float], list[float]]:
     """From S to the sparsity of each stage, for recipes that have one for all layers."""
+    if recipe.profile is not None:
+        return profile_rule(recipe.profile, recipe.maximum)
     if recipe.allocation == "uniform":
         return lambda average: [average] * len(stages)
     means = stage_means(grid.score(power, recipe.snr_weight), stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,7 @@ class Recipe:
             much ("power"), or leave it as least squares have it ("none").
         affine: refit biases with the weights when errors are predicted, too.
         nested: one order of removal for all stages, so that what a stage keeps contains what a slimmer one keeps.
+        profile: sparsities of equal stages relative to each other, for "uniform"; (1.3, 1, 0.7) cuts early steps more.
         sparsity: share of units to remove on average, for "published" and "uniform", in place of a target in MACs.
         threshold: M of the published stages.
         snr_weight: lambda' of the published score.
@@ -58,6 +60,7 @@ class Recipe:
     match: Match = "gain"
     affine: bool = False
     nested: bool = False
+    profile: tuple[float, ...] | None = None
     sparsity: float | None = None
     threshold: float = 0.55
     snr_weight: float = 0.0
@@ -72,6 +75,8 @@ class Recipe:
             raise InputError(f"recipe.sparsity: {self.sparsity:g} is not in [0, recipe.maximum = {self.maximum:g}]")
         if not 0 <= self.snr_weight <= SNR_WEIGHTS:
             raise InputError(f"recipe.snr_weight: {self.snr_weight:g} is not in [0, {SNR_WEIGHTS:g}]")
+        if self.profile is not None:
+            self._check_profile(self.profile)
         if self.affine and not self.compensate:
             raise InputError("recipe.affine: biases are refitted with the weights only; set compensate")
         if not 0 < self.maximum < 1:
@@ -82,6 +87,14 @@ class Recipe:
             raise InputError(f"recipe.threshold: {self.threshold:g} is not in (0, 1]")
         if self.evaluations < 1:
             raise InputError(f"recipe.evaluations: {self.evaluations} is not positive")
+
+    def _check_profile(self, profile: tuple[float, ...]) -> None:
+        if self.allocation != "uniform" or self.sparsity is not None:
+            raise InputError("recipe.profile: goes with the 'uniform' allocation and model.target")
+        if self.stages != len(profile):
+            raise InputError(f"recipe.profile: {len(profile)} values, but recipe.stages is {self.stages}")
+        if not all(0 < part < math.inf for part in profile):
+            raise InputError("recipe.profile: its values have to be positive and finite")
 
     @property
     def refits_biases(self) -> bool:

@@ -24,6 +24,7 @@ from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import MosaicDiff, Recipe, seconds
+from lightning_prune.methods.mosaicdiff.drawings import _HEIGHT, _TOP
 from lightning_prune.methods.mosaicdiff.plan import (
     draw_in_bins,
     refine,
@@ -144,6 +145,21 @@ class Noted(WandbLogger):
         self.tables[key] = (columns, data)
 
 
+def test_stages_are_drawn_with_the_score_of_their_steps(run: tuple[MosaicDiff, Path]) -> None:
+    pruned = run[0].results()["published"]
+    scores, means = pruned.denoiser.facts["step_scores"], pruned.denoiser.facts["stage_scores"]
+    for stage, mean in zip(pruned.stages, means, strict=True):
+        assert sum(scores[stage.first : stage.end]) / stage.steps == pytest.approx(mean)
+    root = ElementTree.parse(run[1] / "stages" / "published-stages.svg").getroot()
+    score, kept = (line.attrib["points"].split() for line in root if line.tag.endswith("polyline"))
+    assert len(score) == len(scores) == 4
+    heights = [float(point.split(",")[1]) for point in kept]
+    assert len(heights) == 2 * len(pruned.stages)
+    bottom = _TOP + _HEIGHT
+    shares = [macs / pruned.problem.call_macs for macs in pruned.denoiser.facts["macs_per_call"]]
+    assert heights[::2] == pytest.approx([bottom - _HEIGHT * share for share in shares], abs=0.1)
+
+
 def test_wandb_gets_the_tables_of_the_run_folder(run: tuple[MosaicDiff, Path], tmp_path: Path) -> None:
     logger, name = Noted(), "mosaicdiff measured"
     trainer: Any = SimpleNamespace(default_root_dir=tmp_path, loggers=[logger])
@@ -159,7 +175,7 @@ def test_wandb_gets_the_tables_of_the_run_folder(run: tuple[MosaicDiff, Path], t
 def test_parameters_held_are_counted(run: tuple[MosaicDiff, Path]) -> None:
     counted = 0
     for pruned in run[0].results().values():
-        found = run[0].parameters_of(pruned)
+        found = pruned.denoiser.facts["parameters"]
         assert found["shared"] <= found["stitched"]
         if all(k > 0 for row in pruned.removed for k in row):  # or stages share what one of them leaves whole
             recipe = Recipe(**pruned.denoiser.facts["recipe"])

@@ -1,8 +1,8 @@
-"""The stage table as text, the allocation and its cost-error curve as plain SVG, which needs no plotting library."""
+"""The stage table as text; stages, widths and the cost-error curve as plain SVG, which needs no plotting library."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -96,21 +96,50 @@ def cost_error_svg(pruned: Pruned, curve: Sequence[dict[str, float]], title: str
     def at(point: tuple[float, float]) -> tuple[float, float]:
         return _LEFT + _WIDTH * point[0], _TOP + _HEIGHT * (1 - point[1] / top)
 
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
-    (x, y), bottom = at(own), _TOP + _HEIGHT
+    x, y = at(own)
+    drawn = [
+        _polyline(map(at, points), "rgb(55,55,245)"),
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="none" stroke="black"/>',
+    ]
+    return _plot(f"{title}: least predicted error", "share of MACs removed", 1.0, top, drawn)
+
+
+def stages_svg(pruned: Pruned, title: str) -> str:
+    """The published score of every step (blue) and the share of MACs that its stage keeps (black)."""
+    scores = [float(score) for score in pruned.denoiser.facts["step_scores"]]
+    count = len(scores)
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        return _LEFT + _WIDTH * step / count, _TOP + _HEIGHT * (1 - value)
+
+    kept = [macs / pruned.problem.call_macs for macs in pruned.denoiser.facts["macs_per_call"]]
+    corners = [at(end, share) for s, share in zip(pruned.stages, kept, strict=True) for end in (s.first, s.end)]
+    drawn = [
+        _polyline((at(step + 0.5, score) for step, score in enumerate(scores)), "rgb(55,55,245)"),
+        _polyline(corners, "black"),
+    ]
+    return _plot(f"{title}: score (blue), MACs kept (black)", "sampling step", count, 1.0, drawn)
+
+
+def _plot(title: str, caption: str, right: float, top: float, drawn: Sequence[str]) -> str:
+    """Axes from 0 to `right` and from 0 to `top`, and what is drawn between them."""
+    bottom = _TOP + _HEIGHT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + 20}" height="{bottom + 44}" '
         'font-family="sans-serif" font-size="11">',
         f'<rect width="{_LEFT + _WIDTH + 20}" height="{bottom + 44}" fill="white"/>',
-        f'<text x="6" y="16" font-size="13">{escape(title)}: least predicted error</text>',
+        f'<text x="6" y="16" font-size="13">{escape(title)}</text>',
         f'<path d="M{_LEFT},{_TOP} V{bottom} H{_LEFT + _WIDTH}" fill="none" stroke="black"/>',
-        *(f'<text x="{_LEFT + _WIDTH * i / 4 - 8:g}" y="{bottom + 16}">{i / 4:g}</text>' for i in range(5)),
+        *(f'<text x="{_LEFT + _WIDTH * i / 4 - 8:g}" y="{bottom + 16}">{right * i / 4:g}</text>' for i in range(5)),
         *(f'<text x="6" y="{_TOP + _HEIGHT * (1 - i / 2) + 4:g}">{top * i / 2:.3g}</text>' for i in range(3)),
-        f'<text x="{_LEFT + _WIDTH // 2 - 60}" y="{bottom + 34}">share of MACs removed</text>',
-        f'<polyline points="{line}" fill="none" stroke="rgb(55,55,245)"/>',
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="none" stroke="black"/>',
+        f'<text x="{_LEFT + _WIDTH // 2 - 60}" y="{bottom + 34}">{escape(caption)}</text>',
     ]
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return "\n".join([*parts, *drawn, "</svg>"]) + "\n"
+
+
+def _polyline(points: Iterable[tuple[float, float]], colour: str) -> str:
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{line}" fill="none" stroke="{colour}"/>'
 
 
 def _cell(x: int, y: int, kept: float) -> str:

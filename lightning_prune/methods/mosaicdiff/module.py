@@ -420,11 +420,12 @@ class MosaicDiff(PruningModule):
         rows, widths = drawings.stage_table(pruned), drawings.widths_table(pruned)
         curve = drawings.cost_error_curve(pruned)
         folder.mkdir(parents=True, exist_ok=True)
-        held = self.parameters_of(pruned)
+        held = pruned.denoiser.facts["parameters"]
         content: dict[str, Any] = {"stages": rows, "widths": widths, "cost_error": curve, "parameters": held}
         content["facts"] = pruned.denoiser.facts
         (folder / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / f"{stem}.svg").write_text(drawings.allocation_svg(pruned, name))
+        (folder / f"{stem}-stages.svg").write_text(drawings.stages_svg(pruned, name))
         (folder / f"{stem}-cost-error.svg").write_text(drawings.cost_error_svg(pruned, curve, name))
         parameters = ", ".join(f"{kind} {count / 1e6:.2f} M" for kind, count in held.items())
         Console().print(f"{name}\n{drawings.table_text(rows)}\nparameters: {parameters}", highlight=False)
@@ -442,14 +443,6 @@ class MosaicDiff(PruningModule):
         for name in self._recipes():
             found[name] = Variant(results[name].denoiser) if name in results else dense
         return found
-
-    def parameters_of(self, pruned: Pruned) -> dict[str, int]:
-        """Parameters of the dense network, of all stages with what they share once, and of as many whole networks."""
-        return {
-            "dense": sum(p.numel() for p in self.denoiser.parameters()),
-            "shared": sum(p.numel() for p in pruned.denoiser.parameters()),
-            "stitched": sum(p.numel() for network in pruned.denoiser.networks for p in network.parameters()),
-        }
 
     def planned(self) -> Plan:
         """Widths at the target; a recipe that measures is planned as a uniform one."""

@@ -113,10 +113,12 @@ class Pruner:
             problem = replace(problem, errors=measured_errors(self, stages, recipe, removals, problem))
         timed = None if self.costs is None else in_seconds(problem, self.costs)
         removed = self._allocate(recipe, target, stages, removals, timed or problem)
+        score = self.grid.score(self.power, recipe.snr_weight)
         facts = {
             "recipe": asdict(recipe),
             "power": self.power,
-            "stage_scores": stage_means(self.grid.score(self.power, recipe.snr_weight), stages),
+            "stage_scores": stage_means(score, stages),
+            "step_scores": (score / score.max()).clamp(0, 1).flip(0).tolist(),
             "timesteps": visited_timesteps(self.process, self.sampler).tolist(),
             "macs_per_image": problem.macs(removed) * (1 if self.sampler.guidance == 1.0 else 2),
             "macs_removed": 1 - problem.macs(removed) / problem.dense_macs,
@@ -128,6 +130,7 @@ class Pruner:
         denoiser = self.build(stages, recipe, removals, removed, facts)
         if recipe.compensate and recipe.recalibrate:
             self.recalibrate(denoiser, stages, removed, recipe.match)
+        denoiser.facts["parameters"] = parameters_of(self.dense, denoiser)
         return Pruned(denoiser, stages, problem, removed)
 
     # Orders of removal
@@ -345,6 +348,15 @@ def expected_removal(
 def in_seconds(problem: Problem, costs: Costs) -> Problem:
     """The same problem in measured seconds."""
     return replace(problem, unit_macs=costs.units, call_macs=costs.call, unit="seconds")
+
+
+def parameters_of(dense: Denoiser, staged: StagedDenoiser) -> dict[str, int]:
+    """Parameters of the dense network, of all stages with what they share once, and of as many whole networks."""
+    return {
+        "dense": sum(p.numel() for p in dense.parameters()),
+        "shared": sum(p.numel() for p in staged.parameters()),
+        "stitched": sum(p.numel() for network in staged.networks for p in network.parameters()),
+    }
 
 
 def parameters_held(dense: Denoiser, problem: Problem, removed: Removed, recipe: Recipe) -> int:

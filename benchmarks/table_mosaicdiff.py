@@ -37,6 +37,7 @@ BASELINES: Recipes = {
     "one-network-taylor": {**ONE_NETWORK, "criterion": "taylor", "compensate": False},
     "one-network-random": {**ONE_NETWORK, "criterion": "random", "compensate": False},
 }
+EVEN = {"allocation": "uniform", "stages": 5}
 MEASURED = {"allocation": "measured", "stages": 5}
 # Layers are recalibrated alike whatever their statistics were: what those switch is seen without.
 NOT_RECALIBRATED = {**MEASURED, "recalibrate": False}
@@ -48,7 +49,7 @@ EXTENSION: Recipes = {
     "not-recalibrated": NOT_RECALIBRATED,
     "power-matched": {**MEASURED, "match": "power"},
     "not-matched": {**MEASURED, "match": "none"},
-    "uniform-five-stages": {"allocation": "uniform", "stages": 5},
+    "uniform-five-stages": EVEN,
     "outputs": {**MEASURED, "sensitivity": "output"},
     "final-images": {**MEASURED, "sensitivity": "final"},
     "layer-errors": {**MEASURED, "sensitivity": "layer"},
@@ -86,6 +87,10 @@ def jobs() -> Iterator[Job]:
         for network, targets in TARGETS.items():
             for target in targets:
                 yield _core(network, target, seed)
+    for seed in SEEDS:
+        for network, targets in TARGETS.items():
+            for target in targets:
+                yield _even(network, target, seed)
     for network, targets in TARGETS.items():
         for target in targets:
             yield _baselines(network, target)
@@ -116,6 +121,13 @@ def _core(network: str, target: float, seed: int) -> Job:
     if seed == 0 and target == TARGETS[network][0]:
         rows["dense"] = "dense"
     return _job(f"{network}-{target:g}-{seed}", target, CORE, rows, network=network, seed=seed)
+
+
+def _even(network: str, target: float, seed: int) -> Job:
+    """Even widths in as many stages as the result has: what its stages alone are worth."""
+    options = (f"--model.recipe={json.dumps(EVEN)}",)
+    name, rows = f"{network}-even-{target:g}-{seed}", {"mosaicdiff uniform": "uniform-five-stages"}
+    return _job(name, target, {}, rows, network=network, seed=seed, options=options, result="mosaicdiff uniform")
 
 
 def _recovered() -> Job:

@@ -16,7 +16,7 @@ from lightning_prune.protocols import WidthGroup
 THRESHOLD = 0.05
 """Timesteps count up to the first whose loss is below this share of the largest one so far."""
 EVERY = 10
-"""The published code takes every timestep; gradients of neighbours hardly differ."""
+"""The published code takes every timestep, at ten times the cost."""
 
 
 @torch.enable_grad()

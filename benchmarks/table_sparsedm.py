@@ -55,6 +55,7 @@ EXTENSION = {
     "sparsedm-fixed-constant": "sparsedm/fashion_dit_fixed.yaml",
     "sparsedm-progressive-constant": "sparsedm/fashion_dit_progressive.yaml",
     "sparsedm-progressive-fifths-constant": "sparsedm/fashion_dit_progressive_fifths.yaml",
+    "sparsedm-progressive-eighths-constant": "sparsedm/fashion_dit_progressive_eighths.yaml",
     "sparsedm-freeze": "sparsedm/fashion_dit_freeze.yaml",
     "sparsedm-features": "sparsedm/fashion_dit_features.yaml",
     "sparsedm-min-snr": "sparsedm/fashion_dit_min_snr.yaml",

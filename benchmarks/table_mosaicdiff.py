@@ -49,7 +49,6 @@ EXTENSION: Recipes = {
     "not-recalibrated": NOT_RECALIBRATED,
     "power-matched": {**MEASURED, "match": "power"},
     "not-matched": {**MEASURED, "match": "none"},
-    "uniform-five-stages": EVEN,
     "outputs": {**MEASURED, "sensitivity": "output"},
     "final-images": {**MEASURED, "sensitivity": "final"},
     "layer-errors": {**MEASURED, "sensitivity": "layer"},

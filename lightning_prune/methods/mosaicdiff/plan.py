@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.solvers import Sampler, SamplerName, make_solver
+from lightning_prune.diffusion.solvers import Sampler, SamplerName, make_solver, most_steps
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.stages import (
@@ -34,11 +34,10 @@ def sampler_of(name: SamplerName, calls: int, process: Process) -> Sampler:
     Raises:
         InputError: no number of steps makes as many.
     """
-    for steps in range(calls, 0, -1):
-        sampler = Sampler(name, steps)
-        if sampler.calls(process) == calls:
-            return sampler
-    raise InputError(f"model.sampler: the stages are for {calls} network calls, which no number of {name} steps makes")
+    sampler = most_steps(Sampler(name, calls), process, calls)
+    if sampler.calls(process) != calls:
+        raise InputError(f"model.sampler: no number of {name} steps makes the {calls} network calls of the stages")
+    return sampler
 
 
 def check_calls(drawn: Sampler, process: Process, calls: int) -> None:

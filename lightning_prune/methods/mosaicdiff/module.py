@@ -310,8 +310,9 @@ class MosaicDiff(PruningModule):
         state = checkpoint.get("mosaicdiff")
         if state is None:
             return
-        # The run's own seed, or a network would be cut otherwise wherever it is cut again.
-        self.power, self._probe_cond, self.seed = state["power"], state["cond"], state["seed"]
+        self.power, self._probe_cond = state["power"], state["cond"]
+        # The run's own, or a network would be cut otherwise wherever it is cut again; older checkpoints have none.
+        self.seed = state.get("seed", self.seed)
         self._kept = [(x0, cond) for x0, cond in state["kept"]]
         if (costs := state.get("costs")) is not None:
             self._costs = Costs(costs["call"], tuple(costs["units"]))

@@ -13,10 +13,7 @@ from lightning_prune.pruning.stages import MAXIMUM
 Allocator = Literal["published", "uniform", "measured", "evolution", "learned"]
 Criterion = Literal["obs", "magnitude", "taylor", "diff-pruning", "random"]
 Sensitivity = Literal["balanced", "final", "output", "layer"]
-
-
-SNR_WEIGHTS = 0.1
-"""The largest lambda' of the normalised score: what the gradient of the error says has to prevail."""
+_MAXIMUM_SNR_WEIGHT = 0.1  # of the normalised score: what the gradient of the error says has to prevail
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,8 @@ class Recipe:
             raise InputError(f"recipe.sparsity: the {self.allocation!r} allocation takes model.target instead")
         if self.sparsity is not None and not 0 <= self.sparsity <= self.maximum:
             raise InputError(f"recipe.sparsity: {self.sparsity:g} is not in [0, recipe.maximum = {self.maximum:g}]")
-        if not 0 <= self.snr_weight <= SNR_WEIGHTS:
-            raise InputError(f"recipe.snr_weight: {self.snr_weight:g} is not in [0, {SNR_WEIGHTS:g}]")
+        if not 0 <= self.snr_weight <= _MAXIMUM_SNR_WEIGHT:
+            raise InputError(f"recipe.snr_weight: {self.snr_weight:g} is not in [0, {_MAXIMUM_SNR_WEIGHT:g}]")
         if self.profile is not None:
             self._check_profile(self.profile)
         if self.affine and not self.compensate:

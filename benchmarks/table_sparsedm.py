@@ -51,7 +51,6 @@ EXTENSION = {
     "fixed-nm": "baselines/fixed-nm.yaml",
     "sparsedm-progressive-fifths": "sparsedm/fashion_dit_progressive_fifths.yaml",
     "sparsedm-distilled-fifths": "sparsedm/fashion_dit_progressive_fifths.yaml",
-    # Under the cosine the last fifth, which alone is 2:4, has next to no learning rate; the paper's rate is constant.
     "sparsedm-fixed-constant": "sparsedm/fashion_dit_fixed.yaml",
     "sparsedm-progressive-constant": "sparsedm/fashion_dit_progressive.yaml",
     "sparsedm-progressive-fifths-constant": "sparsedm/fashion_dit_progressive_fifths.yaml",
@@ -66,6 +65,20 @@ EXTENSION = {
     "sparsedm-allocated": "sparsedm/fashion_dit_allocated.yaml",
     "sparsedm-calibrated-allocated": "sparsedm/fashion_dit_calibrated_allocated.yaml",
 }
+DISTILL_ONLY = ("--model.noise_weight=0.0",)
+# Under the cosine the last fifth, which alone is 2:4, has next to no learning rate; the paper's rate is constant.
+CONSTANT = ("--model.lr_schedule=constant",)
+# What variants set beside their config.
+SWITCHES = {
+    "sparsedm-distilled": DISTILL_ONLY,
+    "sparsedm-distilled-fifths": DISTILL_ONLY,
+    "sparsedm-fixed-constant": CONSTANT,
+    "sparsedm-progressive-constant": CONSTANT,
+    "sparsedm-progressive-fifths-constant": CONSTANT,
+    "sparsedm-progressive-eighths-constant": CONSTANT,
+}
+# Variants with a pattern for each layer.
+BY_LAYER = ("sparsedm-allocated", "sparsedm-calibrated-allocated", "sparsedm-calibrated-long")
 UNET = (
     "--model.denoiser=lightning_prune.diffusion.models.unet2d.UNet2D",
     "--model.denoiser.weights=embedded:fashion_unet",
@@ -76,7 +89,7 @@ UNET = (
 # rows are of protocol quick-v1 and stand beside each other, not beside the rest.
 TRIED = {
     "quick-start": (),
-    "quick-start-distill-only": ("--model.noise_weight=0.0",),
+    "quick-start-distill-only": DISTILL_ONLY,
     "quick-start-muon": ("--model.optimizer=timm.optim.muon.Muon", "--model.optimizer.lr=0.003"),
     "quick-start-freeze": ("--model.freeze_masks_at=0.85",),
 }
@@ -107,7 +120,7 @@ def jobs() -> Iterator[Job]:
         yield _single(variant, "quickstart.yaml", 5.0, options)
     yield _single("dense-fine-tuned-long", "baselines/dense-fine-tuned.yaml", 15.0)
     yield _single("sparsedm-long", "sparsedm/fashion_dit_2to4.yaml", 18.0)
-    yield _single("sparsedm-long-distilled", "sparsedm/fashion_dit_2to4.yaml", 18.0, ("--model.noise_weight=0.0",))
+    yield _single("sparsedm-long-distilled", "sparsedm/fashion_dit_2to4.yaml", 18.0, DISTILL_ONLY)
     yield _single(
         "sparsedm-calibrated-long",
         "sparsedm/fashion_dit_calibrated_long.yaml",
@@ -167,7 +180,7 @@ def _single(variant: str, config: str, minutes: float, options: tuple[str, ...] 
         tier="extension",
         minutes=minutes,
     )
-    return _allocated(job) if variant == "sparsedm-calibrated-long" else job
+    return _allocated(job) if variant in BY_LAYER else job
 
 
 def _allocated(job: Job) -> Job:
@@ -251,9 +264,6 @@ def _job(network: str, variant: str, config: str, seed: int, tier: str) -> Job:
     beside = {}
     if variant == "asp-retrained":
         beside = {"one-shot 2:4": "one-shot", FEWER_STEPS[network]: "fewer-steps"}
-    further = ("--model.noise_weight=0.0",) if "distilled" in variant else ()
-    if "-constant" in variant:
-        further += ("--model.lr_schedule=constant",)
     job = Job(
         name=f"{network}-{variant}-{seed}",
         network=network,
@@ -261,11 +271,11 @@ def _job(network: str, variant: str, config: str, seed: int, tier: str) -> Job:
         target="2:4",
         seed=seed,
         config=config,
-        options=(*_options(network, beside), *further),
+        options=(*_options(network, beside), *SWITCHES.get(variant, ())),
         tier=tier,
         minutes=MINUTES[network],
     )
-    return _allocated(job) if variant.endswith("-allocated") else job
+    return _allocated(job) if variant in BY_LAYER else job
 
 
 def markdown(table: Table) -> str:

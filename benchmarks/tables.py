@@ -218,7 +218,7 @@ def run_table(
         return 0
     until = time.monotonic() + 60 * options.minutes
     machine = Machine(runs, options.device, options.jobs, until)
-    failed = run_jobs(filled, with_those_before(missing, jobs, runs), machine)
+    failed = run_jobs(filled, with_those_before(missing, jobs, machine), machine)
     if options.repeat:
         print("\n".join(repeated(table, filled, chosen)))
     if failed:
@@ -255,13 +255,14 @@ class Machine:
     until: float = math.inf
 
 
-def with_those_before(missing: Sequence[Job], jobs: Sequence[Job], runs: Path) -> list[Job]:
-    """The missing jobs, each after the one whose artifact it reads, where that one's run is not there."""
+def with_those_before(missing: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> list[Job]:
+    """The missing jobs, each after the one whose artifact it reads, where that one's run is not there as it is now."""
     by_name, found = {job.name: job for job in jobs}, dict[str, Job]()
 
     def take(job: Job) -> None:
         before = by_name.get(job.after or "")
-        if before is not None and not (runs / before.name / "report.json").exists():
+        done = before is not None and (machine.runs / before.name / "report.json").exists()
+        if before is not None and not (done and _is_of(before, machine)):
             take(before)
         found[job.name] = job
 

@@ -204,6 +204,9 @@ def test_a_folder_of_another_command_is_not_taken_for_the_run(
     assert fits.ended == ["a", "b"]
     assert go(results, [job("b")]) == 0
     assert [row["variant"] for row in json.loads((results / "method.json").read_text())] == ["b"]
+    config.write_text("model: 2")
+    assert go(results, [job("b"), after("c", "b")]) == 1
+    assert fits.ended == ["a", "b"], "what would read the artifact of another command is not run"
 
 
 @pytest.mark.parametrize("count", ["1", "4"])

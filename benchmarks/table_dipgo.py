@@ -29,6 +29,15 @@ MINUTES_OF_PAPER = 75.0  # its thousand steps
 ON_DPM = "-on-dpm-solver++"
 # Baselines reuse and measure as the table's searches do.
 ALIKE = ("--model.reuse=linear", "--model.loss=ssim+l1")
+# The baselines' configs are of the transformer.
+ON_UNET = (
+    "--model.denoiser=lightning_prune.diffusion.models.unet2d.UNet2D",
+    "--model.denoiser.weights=embedded:fashion_unet",
+    "--model.sampler.steps=20",
+    "--model.granularity=fine",
+    "--model.cache_mode=output",
+    "--trainer.callbacks.init_args.steps=20",
+)
 # Other searches of the transformer, one switch away from the table's: config and options by variant.
 EXTENSION = {
     "dipgo-last": ("dipgo/fashion_dit.yaml", ("--model.reuse=last",)),
@@ -40,7 +49,6 @@ EXTENSION = {
     "dipgo-block": ("dipgo/fashion_dit_block.yaml", ()),
     "dipgo-output": ("dipgo/fashion_dit_output.yaml", ()),
     "dipgo-paper": ("dipgo/fashion_dit_paper.yaml", ()),
-    "whole-steps": ("baselines/whole-steps.yaml", ALIKE),
     "greedy": ("baselines/greedy-gates.yaml", ALIKE),
     "genetic": ("baselines/genetic-gates.yaml", ALIKE),
 }
@@ -52,6 +60,12 @@ def jobs() -> Iterator[Job]:
         for budget in BUDGETS:
             yield _search("fashion_dit", "dipgo/fashion_dit.yaml", budget, seed)
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", 0.35, seed)
+    for rule in ("whole-steps", "uniform-reuse"):
+        for budget in BUDGETS:
+            if (rule, budget) != ("uniform-reuse", 0.1):  # which does not pay for a branch in every step
+                yield _rule("fashion_dit", rule, budget)
+        yield _rule("fashion_unet", rule, 0.35)
+    yield _rule("fashion_dit", "whole-steps", 0.06, "extension")
     for budget in (0.2, 0.5):
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", budget, 0, "extension")
     yield _search("fashion_dit", "dipgo/fashion_dit.yaml", 0.06, 0, "extension")
@@ -71,7 +85,7 @@ def _search(network: str, config: str, budget: float, seed: int, tier: str = "co
     }
     if seed == 0:
         beside |= {f"ddim {count} steps": "ddim-fewer-steps", f"dpm-solver++ {count} steps": "dpm-solver++"}
-        beside |= {f"{rule} {budget:g}": rule for rule in ("uniform-reuse", "random-gates")}
+        beside |= {f"random-gates {budget:g}": "random-gates"}
     first = BUDGETS[0] if network == "fashion_dit" else 0.35
     wanted = {"dense": "dense", **beside} if (seed, budget) == (0, first) else beside
     return Job(
@@ -84,6 +98,22 @@ def _search(network: str, config: str, budget: float, seed: int, tier: str = "co
         options=(f"--model.budget={budget:g}", _scored(beside, seed == 0), *UNTIMED),
         tier=tier,
         minutes=MINUTES[network],
+    )
+
+
+def _rule(network: str, rule: str, budget: float, tier: str = "core") -> Job:
+    """Full steps at equal distances, without blocks between them or with the shallowest branch."""
+    on = ON_UNET if network == "fashion_unet" else ()
+    return Job(
+        name=f"{network}-{rule}-{budget:g}-0",
+        network=network,
+        rows={f"{rule} {budget:g}": rule},
+        target=f"{budget:g}",
+        seed=0,
+        config=f"baselines/{rule}.yaml",
+        options=(f"--model.budget={budget:g}", "--model.compare=[]", *ALIKE, *on, _scored([], drift=False), *UNTIMED),
+        tier=tier,
+        minutes=1 + 10 * budget,
     )
 
 
@@ -107,7 +137,8 @@ def _on_dpm(budget: float) -> Job:
     """A search for a better sampler than the table's, against that sampler with fewer steps."""
     count = int(budget * 20 + 1e-9)
     beside = {"dense": "dense", f"dpm-solver++ {count} steps": "fewer-steps"}
-    beside |= {f"dpm-solver++ {count} steps kept": "kept-steps", f"uniform-reuse {budget:g}": "uniform-reuse"}
+    beside |= {f"dpm-solver++ {count} steps kept": "kept-steps"}
+    beside |= {f"{rule} {budget:g}": rule for rule in ("whole-steps", "uniform-reuse")}
     return Job(
         name=f"fashion_dit-dpm-{budget:g}-0",
         network="fashion_dit",

@@ -110,7 +110,7 @@ class EfficiencyReport(Callback):
         self._others = {name: load(folder) for name, folder in self.beside.items()}
         for name, network in self._others.items():
             _check_calls(name, network, pl_module.process, self.settings.sampler)  # type: ignore[arg-type]
-            check_solver(network, self.settings.sampler)
+            check_solver(network, self.settings.sampler, pl_module.process)  # type: ignore[arg-type]
         self._evaluator = Evaluator(trainer.datamodule, self.measurement)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from lightning_prune.blocks import Block, BlockCosts, BlockGraph, GateSchedule, State
+from lightning_prune.blocks import Block, BlockCosts, BlockGraph, GateSchedule, Row, State
 from lightning_prune.diffusion.gating import install
 from lightning_prune.diffusion.models.unet_blocks import unet_blocks
 from lightning_prune.diffusion.recall import stored_tensors
 from lightning_prune.metrics.block_costs import block_costs
-from lightning_prune.metrics.macs import Ledger, count
+from lightning_prune.metrics.macs import Ledger, count, ledger_of
+from lightning_prune.metrics.macs_trace import trace
 from lightning_prune.protocols import InputError
 from tests.factories import tiny_dit, tiny_unet
 
@@ -115,6 +116,32 @@ def test_the_released_gates() -> None:
     assert (gated + costs.shell) / 1e9 == pytest.approx(67.7711, abs=1e-4)
     assert (gated + costs.shell) / costs.dense == pytest.approx(0.2000, abs=5e-5)
     assert costs.kept(schedule.rows) == pytest.approx(0.1998, abs=5e-5), "skipped steps skip the shell too"
+
+
+def test_the_released_gates_replayed_on_the_network() -> None:
+    """What runs on meta tensors, counted in the published convention."""
+    graph, costs = sd15_graph("coarse")
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**SD_15)
+        x, t, text = torch.zeros(1, 4, 64, 64), torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, 768)
+    gating, slots, spent = install(network, graph, "output"), [None] * len(graph), []
+    rows, counted = GateSchedule.of(graph, "output", RELEASED["keep"]).rows, {}
+    for row in rows:
+        if row not in counted and any(row):
+            replayed = partial(replay, gating, network, row, slots, (x, t, text))
+            counted[row] = ledger_of(network, trace(network, replayed)).macs("module")
+        spent.append(counted.get(row, 0))
+    assert len(counted) == 2
+    shell = costs.shell * sum(not any(row) for row in rows)  # the published count leaves it in skipped steps
+    assert (sum(spent) + shell) / 50 / 1e9 == pytest.approx(67.7711, abs=1e-4)
+    assert (sum(spent) + shell) / 50 / costs.dense == pytest.approx(0.2000, abs=5e-5)
+
+
+def replay(gating: Any, network: Any, row: Row, slots: list[Any], inputs: tuple[Any, ...]) -> Any:
+    """A step of these blocks; values it stores are left in `slots` for the next."""
+    with torch.no_grad():
+        output, slots[:] = gating.step(lambda: network(*inputs), row, slots, inputs[1])
+    return output
 
 
 def test_cache_of_stable_diffusion() -> None:

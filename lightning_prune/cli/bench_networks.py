@@ -80,7 +80,7 @@ class Task:
         return self._trajectory(predict, denoiser, noise, cond)
 
     def _trajectory(self, predict: Predict, denoiser: Denoiser, noise: Tensor, cond: Condition) -> Callable[[], Tensor]:
-        check_solver(denoiser, self.sampler)
+        check_solver(denoiser, self.sampler, self.process)
         calls = self.sampler.calls(self.process)
 
         stepped: Any = predict

@@ -126,10 +126,16 @@ class LatentDecoder:
         self._device = torch.device(device)
         return self
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], in [-1, 1] but for overshoot, of `latents` [B, C, h, w] as denoisers see them."""
-        network = self.network.to(self._device)
+    def decode(self, latents: Tensor, gradients: bool = False) -> Tensor:
+        """Pictures [B, 3, H, W], in [-1, 1] but for overshoot, of `latents` [B, C, h, w] as denoisers see them.
+
+        With `gradients` they are differentiable in the latents.
+        """
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+            return self._decoded(latents)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        network = self.network.to(self._device).requires_grad_(False)
         scale, shift = (torch.tensor(f, device=self._device).view(-1, 1, 1) for f in latent_factors(self.config))
         raw = latents.to(self._device).float() / scale + shift
         return torch.cat([network.decode(part).sample for part in raw.split(self.batch_size)])

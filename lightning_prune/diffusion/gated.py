@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_prune.diffusion.recall import Slot, Value, read, store
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.protocols import InputError
 
-Path = Callable[[Tensor, Tensor, Condition, list[Slot]], tuple[Tensor, list[Slot]]]
+Path = Callable[..., tuple[Any, list[Slot]]]  # of stored values, the clock, and what the network is called with
 
 
 class SkippedStep:
@@ -32,17 +33,19 @@ class SkippedStep:
     Args:
         process: how predictions are read; None lets the prediction itself stay.
         reuse: "last" or "linear".
+        keeps_noise: whether steps go on with the noise from before x_0 was clipped, as those of diffusers' DDIM do.
 
     Raises:
         InputError: linear reuse without a process.
     """
 
-    def __init__(self, process: Process | None, reuse: Reuse = "last") -> None:
+    def __init__(self, process: Process | None, reuse: Reuse = "last", keeps_noise: bool = False) -> None:
         if process is None and reuse == "linear":
             raise InputError("gates: linear reuse needs the process, which says how predictions are read")
         constant = process is None or (process.prediction == "epsilon" and not process.clip_sample)
         self.process = None if constant and reuse == "last" else process
         self.reuse: Reuse = reuse
+        self.keeps_noise = keeps_noise
 
     def clock(self, t: Tensor) -> Tensor:
         """Where `t` [B] is on the axis of linear reuse."""
@@ -67,7 +70,8 @@ class SkippedStep:
     def _read(self, prediction: Tensor, x: Tensor, t: Tensor) -> Value:
         if self.process is None:
             return (prediction,)
-        x0, noise = self.process.x0_and_noise(prediction, x, t)
+        read_as = self.process.clipped_x0_and_noise if self.keeps_noise else self.process.x0_and_noise
+        x0, noise = read_as(prediction, x, t)
         return (x0, noise) if self.reuse == "last" else (x0,)
 
 
@@ -78,45 +82,34 @@ class _Compiled(dict[Row, Path]):
         return _Compiled()
 
 
-class StepGated(nn.Module):
-    """The class of a gated denoiser has this in front of its family's."""
+class GatedPaths(nn.Module):
+    """A network that runs a schedule has this in front of its own class: a static path for every pattern of gates.
+
+    Calls of one step, of which sequential guidance makes two, have stored values of their own, by their `turn`.
+    """
 
     schedule: GateSchedule
-    solver: str | None  # what the schedule was found for, in the words of `Sampler.describe`
     _gating: Gating
     _skipped_step: SkippedStep
     _paths: _Compiled
-    _index: int
-    _turn: int
     _slots: dict[int, list[Slot]]
     _memory: dict[int, Slot]
 
-    def at_step(self, index: int, calls: int) -> None:
-        """Take the gates of step `index` for the next calls. Raises `InputError` for another number of steps."""
-        if calls != self.schedule.steps:
-            raise InputError(
-                f"gates: the schedule is for {self.schedule.steps} network calls, this sampler makes {calls}; "
-                "a schedule can be remapped when asked"
-            )
-        if index == 0:
-            self._slots, self._memory = {}, {}
-        self._index, self._turn = index, 0
+    def take(self, schedule: GateSchedule, gating: Gating, skipped_step: SkippedStep) -> None:
+        """Run `schedule` from now on."""
+        self.schedule, self._gating, self._skipped_step = schedule, gating, skipped_step
+        self._paths = _Compiled()
+        self.forget()
 
-    def phase(self, index: int, calls: int) -> Hashable:
-        """The blocks that run."""
-        return self.schedule.rows[index]
+    def forget(self) -> None:
+        """Begin a trajectory: nothing is stored."""
+        self._slots, self._memory = {}, {}
 
-    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        # Guidance that calls twice a step has values of its own for each of the two.
-        turn, row = self._turn, self.schedule.rows[self._index]
-        self._turn += 1
-        if not any(row):
-            return self._skipped_step.predict(self._memory[turn], x, t)
-        slots = self._slots.get(turn, [None] * len(self.schedule.blocks))
+    def run(self, row: Row, turn: int, clock: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the network gives with these blocks, which are stored for the turn."""
         path = self._paths.get(row) or self.path(row)
-        prediction, self._slots[turn] = path(x, t, cond, slots)
-        self._memory[turn] = self._skipped_step.remember(self._memory.get(turn), prediction, x, t)
-        return prediction
+        output, self._slots[turn] = path(self._slots.get(turn, [None] * len(row)), clock, *args, **kwargs)
+        return output
 
     def path(self, row: Row) -> Path:
         """The step in which these blocks run, as a function of the values stored: a code object of its own.
@@ -124,9 +117,9 @@ class StepGated(nn.Module):
         The compiler keeps few graphs of one code object; this way each pattern of gates has its own.
         """
 
-        def run(x: Tensor, t: Tensor, cond: Condition, slots: list[Slot]) -> tuple[Tensor, list[Slot]]:
-            plain = super(StepGated, self).forward
-            return self._gating.step(lambda: plain(x, t, cond), row, slots, self._skipped_step.clock(t))
+        def run(slots: list[Slot], clock: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, list[Slot]]:
+            plain = super(GatedPaths, self).forward
+            return self._gating.step(lambda: plain(*args, **kwargs), row, slots, clock)
 
         name = "step_" + "".join(str(int(runs)) for runs in row)
         return FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
@@ -138,8 +131,64 @@ class StepGated(nn.Module):
                 self._paths[row] = torch.compile(self.path(row), **options)
 
 
+@dataclass(frozen=True)
+class MadeFor:
+    """How a schedule's network is to be sampled.
+
+    Attributes:
+        solver: in the words of `Sampler.describe`.
+        guided: whether the guidance scale is other than 1.
+        process: its `scheduler_config`.
+    """
+
+    solver: str
+    guided: bool
+    process: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, sampler: Sampler, process: Process) -> MadeFor:
+        return cls(sampler.describe(), sampler.guidance != 1.0, process.scheduler_config)
+
+
+class StepGated(GatedPaths):
+    """The class of a gated denoiser has this in front of its family's."""
+
+    made_for: MadeFor | None  # None where a search or a comparison draws
+    _index: int
+    _turn: int
+
+    def at_step(self, index: int, calls: int) -> None:
+        """Take the gates of step `index` for the next calls. Raises `InputError` for another number of steps."""
+        if calls != self.schedule.steps:
+            raise InputError(
+                f"gates: the schedule is for {self.schedule.steps} network calls, this sampler makes {calls}; "
+                "a schedule can be remapped when asked"
+            )
+        if index == 0:
+            self.forget()
+        self._index, self._turn = index, 0
+
+    def phase(self, index: int, calls: int) -> Hashable:
+        """The blocks that run."""
+        return self.schedule.rows[index]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        # Guidance that calls twice a step has values of its own for each of the two.
+        turn, row = self._turn, self.schedule.rows[self._index]
+        if turn > 1:
+            raise InputError("gates: a third call of one step; `at_step` has to be told of every step")
+        if turn not in self._memory and self._index:
+            raise InputError(f"gates: call {turn + 1} of step {self._index} reads what no step before it has stored")
+        self._turn += 1
+        if not any(row):
+            return self._skipped_step.predict(self._memory[turn], x, t)
+        prediction: Tensor = self.run(row, turn, self._skipped_step.clock(t), x, t, cond)
+        self._memory[turn] = self._skipped_step.remember(self._memory.get(turn), prediction, x, t)
+        return prediction
+
+
 def gated(
-    denoiser: Denoiser, schedule: GateSchedule, process: Process | None = None, solver: str | None = None
+    denoiser: Denoiser, schedule: GateSchedule, process: Process | None = None, made_for: MadeFor | None = None
 ) -> Denoiser:
     """A denoiser that runs a schedule, beside an untouched one with the same weights.
 
@@ -147,7 +196,7 @@ def gated(
         denoiser: the dense network, whose parameters are shared, not copied.
         schedule: which blocks run at which step.
         process: how predictions are read, for steps that are skipped as a whole; see `SkippedStep`.
-        solver: the only solver it is to be sampled by, in the words of `Sampler.describe`; None leaves that open.
+        made_for: the only way in which it is to be sampled; None leaves that open.
 
     Raises:
         InputError: a schedule for other blocks, or linear reuse without a process.
@@ -161,17 +210,28 @@ def gated(
     gating = install(copy.network, graph, schedule.cache_mode, schedule.reuse)
     family: Any = type(copy)
     copy.__class__ = _gated_family(family)
-    copy.schedule, copy.solver, copy._gating = schedule, solver, gating
-    copy._skipped_step = SkippedStep(process, schedule.reuse)
-    copy._paths, copy._index, copy._turn, copy._slots, copy._memory = _Compiled(), 0, 0, {}, {}
+    copy.take(schedule, gating, SkippedStep(process, schedule.reuse))
+    copy.made_for, copy._index, copy._turn = made_for, 0, 0
     result: Denoiser = copy
     return result
 
 
-def check_solver(denoiser: nn.Module, sampler: Sampler) -> None:
-    """Raise `InputError` where a denoiser runs a schedule of gates that was found for another solver."""
-    if isinstance(denoiser, StepGated) and denoiser.solver not in (None, sampler.describe()):
-        raise InputError(f"gates: the schedule is for {denoiser.solver}, not {sampler.describe()}")
+def check_solver(denoiser: nn.Module, sampler: Sampler, process: Process) -> None:
+    """Raise `InputError` where a denoiser runs a schedule found for another solver, process or kind of guidance."""
+    wanted = denoiser.made_for if isinstance(denoiser, StepGated) else None
+    if wanted is None:
+        return
+    given = MadeFor.of(sampler, process)
+    if wanted.solver != given.solver:
+        raise InputError(f"gates: the schedule is for {wanted.solver}, not {given.solver}")
+    if wanted.guided != given.guided:
+        kinds = {True: "guidance", False: "no guidance (scale 1)"}
+        raise InputError(f"gates: the schedule is for {kinds[wanted.guided]}, not {kinds[given.guided]}")
+    if wanted.process != given.process:
+        keys = wanted.process.keys() | given.process.keys()
+        other = min(key for key in keys if wanted.process.get(key) != given.process.get(key))
+        ours, theirs = wanted.process.get(other), given.process.get(other)
+        raise InputError(f"gates: the schedule is for {other} {ours}, the process has {theirs}")
 
 
 @cache

@@ -82,8 +82,12 @@ class Process:
         self._alphas_cumprod: Tensor = DDPMScheduler(**self.scheduler_config).alphas_cumprod
 
     @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any]) -> Process:
+    def from_scheduler(cls, config: Mapping[str, Any], alphas_cumprod: Tensor | None = None) -> Process:
         """The process whose `scheduler_config` is `config`, as artefacts record it.
+
+        Args:
+            config: of a process, or of a scheduler of diffusers.
+            alphas_cumprod: where a scheduler has others than its schedule gives, as betas rescaled to zero signal do.
 
         Raises:
             InputError: a schedule, a prediction or a key that is not there or that no process has.
@@ -99,7 +103,7 @@ class Process:
                     clip_sample=config["clip_sample"],
                     shift=config["shift"],
                 )
-            return cls(
+            found = cls(
                 schedules[config["beta_schedule"]],
                 predictions[config["prediction_type"]],
                 config["num_train_timesteps"],
@@ -109,6 +113,9 @@ class Process:
             )
         except KeyError as error:
             raise InputError(f"sampler: {error} is missing or describes no process known here") from error
+        if alphas_cumprod is not None:
+            found._alphas_cumprod = alphas_cumprod
+        return found
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -172,17 +179,25 @@ class Process:
 
         A clipped x_0 comes with the noise that belongs to it; the two would drift apart, badly so under guidance.
         """
-        signal, sigma = self.coefficients(t, x)
-        if self.prediction == "epsilon":
-            x0 = (x - sigma * prediction) / signal
-        elif self.prediction == "x0":
-            x0 = prediction
-        elif self.prediction == "flow":
-            x0 = x - sigma * prediction
-        else:
-            x0 = signal * x - sigma * prediction
+        x0 = self._x0(prediction, x, t)
         x0 = x0.clamp(-1, 1) if self.clip_sample else x0
         return x0, self.noise_in(x, x0, t)
+
+    def clipped_x0_and_noise(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as diffusers' DDIM reads it: x_0 is clipped, the noise is that of the x_0 before."""
+        x0 = self._x0(prediction, x, t)
+        noise = prediction if self.prediction == "epsilon" else self.noise_in(x, x0, t)
+        return x0.clamp(-1, 1) if self.clip_sample else x0, noise
+
+    def _x0(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        signal, sigma = self.coefficients(t, x)
+        if self.prediction == "epsilon":
+            return (x - sigma * prediction) / signal
+        if self.prediction == "x0":
+            return prediction
+        if self.prediction == "flow":
+            return x - sigma * prediction
+        return signal * x - sigma * prediction
 
     def noise_in(self, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """The noise with which `x0` makes `x` at `t` [B]."""

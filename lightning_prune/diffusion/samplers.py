@@ -107,7 +107,7 @@ def sample_images(
     Raises:
         InputError: gates for another solver or number of network calls.
     """
-    check_solver(denoiser, sampler)
+    check_solver(denoiser, sampler, process)
     device = next(denoiser.parameters()).device
     calls = sampler.calls(process)
     was_training = denoiser.training

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.blocks import GateSchedule
-from lightning_prune.diffusion.gated import gated
+from lightning_prune.blocks import BlockCosts, BlockGraph, GateSchedule
+from lightning_prune.diffusion.gated import MadeFor, gated
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
@@ -41,6 +42,9 @@ class GateFile:
         guidance: guidance scale.
         budget: fraction of MACs aimed at.
         macs_kept: fractions of MACs realised, by convention.
+        costs: MACs of the blocks in the `aten` convention; None in files of versions that did not write them.
+        network: class and configuration of the network; None in files of versions that did not write them.
+        seconds_kept: fraction of the time of network calls, as measured where a search had a budget of seconds.
     """
 
     schedule: GateSchedule
@@ -49,6 +53,9 @@ class GateFile:
     guidance: float
     budget: float
     macs_kept: Mapping[str, float]
+    costs: BlockCosts | None = None
+    seconds_kept: float | None = None
+    network: Mapping[str, Any] | None = None
 
     def text(self) -> str:
         """As JSON, a row of gates a line."""
@@ -65,8 +72,45 @@ class GateFile:
             "budget": self.budget,
             "macs_kept": dict(self.macs_kept),
         }
+        if self.seconds_kept is not None:
+            content["seconds_kept"] = self.seconds_kept
+        if self.network is not None:
+            content["network"] = dict(self.network)
+        if self.costs is not None:
+            content["block_macs"] = {"blocks": list(self.costs.blocks), "outside": self.costs.shell}
         rows = ",\n    ".join(json.dumps([int(runs) for runs in row]) for row in self.schedule.rows)
         return json.dumps(content, indent=2)[:-2] + f',\n  "gates": [\n    {rows}\n  ]\n}}\n'
+
+    def check_blocks(self, file: Path, graph: BlockGraph) -> None:
+        """Raise `InputError` for gates of other blocks than a network's, or open ones whose blocks nothing reads."""
+        if graph.names != self.schedule.blocks:
+            raise InputError(f"{file}: its blocks {' '.join(self.schedule.blocks)} are not the network's")
+        wired = graph.in_mode(self.schedule.cache_mode)
+        for step, row in enumerate(self.schedule.rows):
+            if wired.running(row) != row:
+                raise InputError(f"{file}: gates of step {step} are open for blocks that nothing reads which runs")
+
+    def check_network(self, file: Path, name: str, config: Mapping[str, Any]) -> None:
+        """Raise `InputError` for a network of another class or configuration; keys that one of them lacks are new."""
+        if self.network is None:
+            return
+        if name != self.network["class"]:
+            raise InputError(f"{file}: found for a {self.network['class']}, not a {name}")
+        theirs = _plain(config)
+        for key, value in self.network["config"].items():
+            if theirs.get(key, value) != value:
+                raise InputError(f"{file}: found for a network of {key} {value}, not {theirs[key]}")
+
+
+def network_of(denoiser: Denoiser) -> dict[str, Any]:
+    """Class and configuration of a network, as `gates.json` records them."""
+    return {"class": denoiser.network_class.__name__, "config": _plain(denoiser.config())}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a configuration of diffusers what describes the network, as JSON has it."""
+    found: dict[str, Any] = json.loads(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, default=str))
+    return found
 
 
 def gates_of(budget: str) -> str:
@@ -89,6 +133,9 @@ def read_gates(file: Path) -> GateFile:
         raise InputError(f"{file}: schema {schema} is newer than this version reads ({SCHEMA}); update lightning_prune")
     if missing := [key for key in _KEYS if key not in content]:
         raise InputError(f"{file}: {missing[0]} is missing")
+    for key, right in _RIGHT.items():
+        if key in content and not right(content[key]):
+            raise InputError(f"{file}: {key}: {json.dumps(content[key])[:60]} is not what it should be")
     rows = tuple(tuple(bool(gate) for gate in row) for row in content["gates"])
     if len(rows) != content["num_inference_steps"]:
         raise InputError(f"{file}: {len(rows)} rows of gates for {content['num_inference_steps']} steps")
@@ -97,8 +144,63 @@ def read_gates(file: Path) -> GateFile:
         schedule = GateSchedule(*settings, rows, content.get("reuse", "last"))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    names = ("fingerprint", "scheduler", "guidance", "budget", "macs_kept")
-    return GateFile(schedule, *(content[name] for name in names))
+    return GateFile(
+        schedule=schedule,
+        fingerprint=content["fingerprint"],
+        scheduler=content["scheduler"],
+        guidance=content["guidance"],
+        budget=content["budget"],
+        macs_kept=content["macs_kept"],
+        costs=_block_costs(file, content),
+        seconds_kept=content.get("seconds_kept"),
+        network=content.get("network"),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_gates(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and all(isinstance(gate, int) and gate in (0, 1) for gate in row) for row in value
+    )
+
+
+def _is_network(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("class"), str) and isinstance(value.get("config"), dict)
+
+
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "fingerprint": lambda value: isinstance(value, str),
+    "scheduler": lambda value: isinstance(value, dict) and isinstance(value.get("solver"), str),
+    "guidance": _is_number,
+    "granularity": lambda value: isinstance(value, str),
+    "blocks": _is_names,
+    "gates": _is_gates,
+    "budget": lambda value: _is_number(value) and 0 < value <= 1,
+    "macs_kept": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "seconds_kept": _is_number,
+    "network": _is_network,
+}
+
+
+def _block_costs(file: Path, content: Mapping[str, Any]) -> BlockCosts | None:
+    if "block_macs" not in content:
+        return None
+    try:
+        costs = BlockCosts(
+            tuple(int(n) for n in content["block_macs"]["blocks"]), int(content["block_macs"]["outside"])
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: block_macs: not MACs of blocks and outside of them") from error
+    if len(costs.blocks) != len(content["blocks"]):
+        raise InputError(f"{file}: block_macs: {len(costs.blocks)} for {len(content['blocks'])} blocks")
+    return costs
 
 
 def solver_config(sampler: Sampler, process: Process) -> dict[str, Any]:
@@ -107,9 +209,12 @@ def solver_config(sampler: Sampler, process: Process) -> dict[str, Any]:
 
 
 def fingerprint(denoiser: Denoiser, scheduler: Mapping[str, Any], calls: int, guidance: float) -> str:
-    """SHA-256 of the network's configuration and weights, the scheduler, the calls, and whether there is guidance."""
+    """SHA-256 of the network's class and weights, the scheduler, the calls, and whether there is guidance.
+
+    The configuration is compared on its own: a newer diffusers may have added keys to it.
+    """
     digest = hashlib.sha256()
-    facts = [denoiser.network_class.__name__, denoiser.config(), dict(scheduler), calls, guidance != 1.0]
+    facts = [denoiser.network_class.__name__, dict(scheduler), calls, guidance != 1.0]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(denoiser.network.state_dict().items()):
         digest.update(name.encode())
@@ -143,6 +248,9 @@ def apply_gates(
     scheduler = {"solver": found.scheduler.get("solver"), **process.scheduler_config}
     if fingerprint(denoiser, scheduler, own.steps, guidance) != found.fingerprint:
         raise InputError(f"{file}: the schedule is for other weights, another process or another kind of guidance")
+    found.check_network(file, denoiser.network_class.__name__, denoiser.config())
+    found.check_blocks(file, denoiser.blocks(own.granularity))
     if remap and calls != own.steps:
         own = own.remapped(calls, traced_costs(denoiser, own.granularity, own.cache_mode))
-    return gated(denoiser, own, process, solver)
+    guided = (found.guidance if sampler is None else sampler.guidance) != 1.0
+    return gated(denoiser, own, process, MadeFor(str(solver), guided, process.scheduler_config))

@@ -3,128 +3,172 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_prune.blocks import GateSchedule
-from lightning_prune.diffusion.gated import SkippedStep
-from lightning_prune.diffusion.gating import Gating, install, remove
+from lightning_prune.diffusion.gated import GatedPaths, SkippedStep
+from lightning_prune.diffusion.gating import install, remove
 from lightning_prune.diffusion.models import families
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.recall import Slot
 from lightning_prune.diffusion.solvers import describe_scheduler
 from lightning_prune.export.gates import read_gates
 from lightning_prune.protocols import InputError
 
 _COMPONENTS = ("transformer", "unet")
+_ROUNDING = 0.005  # of timesteps in half precision
 
 
-class GatedPipelineNetwork(nn.Module):
+class GatedPipelineNetwork(GatedPaths):
     """The class of a pipeline's network has this in front of its own while it runs a schedule.
 
-    Steps are counted, not looked up by timestep: solvers may visit one twice. A trajectory ends with its last call,
-    so one that is broken off needs `enable_gates` again.
+    Steps are counted, not looked up by timestep: solvers may visit one twice. A trajectory ends with its last call, or
+    when the pipeline sets its scheduler's timesteps anew, so after one that was broken off the next begins afresh. What
+    it is called at has to be the scheduler's timestep of that step.
     """
 
-    _schedule: GateSchedule
-    _gating: Gating
-    _scheduler: Any
+    _suited: Callable[[], Any]  # the timesteps of the pipeline's scheduler as it is now, if the schedule is for it
+    _timesteps: Any
+    _visited: list[float]
     _calls_a_step: int
     _count: int
-    _slots: dict[int, list[Slot]]
-    _skipped_step: SkippedStep
-    _memory: dict[int, Slot]
     _last: dict[int, Any]
 
+    # A network that is compiled as a whole would get a graph for every step; `compile_paths` makes one a pattern.
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        step, turn = divmod(self._count, self._calls_a_step)
-        if self._count == 0:
-            self._check_steps()
-            self._slots, self._memory, self._last = {}, {}, {}
-        self._count = (self._count + 1) % (self._calls_a_step * self._schedule.steps)
-        row = self._schedule.rows[step]
         x, t = _sample_and_timestep(args, kwargs)
+        step, turn = self._next_call(float(t[0]))
+        row = self.schedule.rows[step]
         if not any(row):
             prediction = self._skipped_step.predict(self._memory[turn], x, t)
             return _with_prediction(self._last[turn], prediction)
-        slots, clock = self._slots.get(turn, [None] * len(row)), self._skipped_step.clock(t)
-        plain = super().forward
-        output, self._slots[turn] = self._gating.step(lambda: plain(*args, **kwargs), row, slots, clock)
+        output = self.run(row, turn, self._skipped_step.clock(t), *args, **kwargs)
         # What a network says of its variance, in further channels, stays as it is.
         prediction = output[0][:, : x.shape[1]]
         self._memory[turn] = self._skipped_step.remember(self._memory.get(turn), prediction, x, t)
         self._last[turn] = output
         return output
 
-    def _check_steps(self) -> None:
-        calls = len(self._scheduler.timesteps)
-        if calls != self._schedule.steps:
+    def _next_call(self, timestep: float) -> tuple[int, int]:
+        """Step and turn of this call."""
+        timesteps = self._suited()
+        if timesteps is not self._timesteps or self._count == self._calls_a_step * self.schedule.steps:
+            if len(timesteps) != self.schedule.steps:
+                raise InputError(
+                    f"num_inference_steps: the schedule of gates is for {self.schedule.steps} network calls, "
+                    f"not {len(timesteps)}"
+                )
+            self._timesteps, self._visited, self._count = timesteps, timesteps.tolist(), 0
+            self._last.clear()
+            self.forget()
+        step, turn = divmod(self._count, self._calls_a_step)
+        if abs(timestep - self._visited[step]) > _ROUNDING * self._visited[step]:
+            self._timesteps = None  # the next call begins a trajectory
             raise InputError(
-                f"num_inference_steps: the schedule of gates is for {self._schedule.steps} network calls, not {calls}"
+                f"timestep: {timestep:g} in call {turn + 1} of step {step}, which is at {self._visited[step]:g}: the "
+                "schedule of gates is for whole trajectories, and calls_a_step says how often a step calls the network"
             )
+        self._count += 1
+        return step, turn
 
 
 def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_to: int | None = None) -> None:
     """Run a pipeline's network under the schedule of a `gates.json` until `disable_gates`.
 
-    A step skipped as a whole goes on with the last x_0 and noise, or along a line, as the schedule says.
+    A step skipped as a whole goes on with the last x_0 and noise, or along a line, as the schedule says. The network's
+    `compile_paths` then compiles every pattern of gates, one graph each: `pipe.transformer.compile_paths()`. As
+    long as it has gates, a network that was compiled as a whole runs uncompiled.
 
     Args:
         pipeline: a diffusers pipeline with a `transformer` or `unet` of a family known here.
         file: the schedule.
         calls_a_step: network calls a step: 1, or 2 where guidance calls twice instead of doubling the batch.
         remap_to: stretch the schedule to this number of network calls, of whatever solver the pipeline has, at no
-            greater share of gates, for what blocks cost is not counted here.
+            greater share of its MACs; of gates, where the file is of a version that did not say what blocks cost.
 
     Raises:
-        InputError: no such network, a schedule for other blocks, another noise schedule or another solver; when run,
-            another number of steps. Weights are not compared: a pipeline may hold them in another precision.
+        InputError: no such network or one that hooks have changed, a schedule for another architecture, another noise
+            schedule or another solver, also one that the pipeline is given later; when run, another number of steps or
+            a part of a trajectory. Weights are not compared, as a pipeline may hold them in another precision, nor is
+            the guidance scale, which pipelines are told when they are called.
     """
     found, network = read_gates(Path(file)), _network(pipeline)
-    _check_scheduler(Path(file), found.scheduler, pipeline.scheduler, any_solver=remap_to is not None)
-    schedule = found.schedule if remap_to is None else found.schedule.remapped(remap_to)
+    if calls_a_step < 1:
+        raise InputError(f"calls_a_step: {calls_a_step} is not positive")
+    held = ref(pipeline)  # which holds the network
+
+    def suited() -> Any:
+        scheduler: Any = getattr(held(), "scheduler", None)
+        _check_scheduler(Path(file), found.scheduler, scheduler, any_solver=remap_to is not None)
+        return scheduler.timesteps
+
+    suited()
+    if remap_to is not None and found.costs is None:
+        warnings.warn(f"{file}: does not say what blocks cost, so remapping counts them alike", stacklevel=2)
+    schedule = found.schedule if remap_to is None else found.schedule.remapped(remap_to, found.costs)
     graph = _family(network).blocks(_Seen(network), schedule.granularity)
-    if graph.names != schedule.blocks:
-        raise InputError(f"{file}: its blocks {' '.join(schedule.blocks)} are not the network's")
+    found.check_blocks(Path(file), graph)
+    found.check_network(Path(file), type(network).__name__, network.config)
     disable_gates(pipeline)
-    network._skipped_step = SkippedStep(_process(pipeline.scheduler), schedule.reuse)
-    network._gating = install(network, graph, schedule.cache_mode, schedule.reuse)
-    network._schedule, network._scheduler, network._calls_a_step = schedule, pipeline.scheduler, calls_a_step
-    network._count, network._slots, network._memory, network._last = 0, {}, {}, {}
-    network.__class__ = type(f"Gated{type(network).__name__}", (GatedPipelineNetwork, type(network)), {})
+    for name in ["", *(name for block in graph.blocks for name in block.modules)]:
+        if "forward" in vars(network.get_submodule(name)):
+            where = f"{type(network).__name__} {name}".strip()
+            raise InputError(f"{where}: something has hooked its forward, as offloading does; enable gates before that")
+    gating = install(network, graph, schedule.cache_mode, schedule.reuse)
+    # Under its own name, which diffusers writes where it is saved.
+    network.__class__ = type(type(network).__name__, (GatedPipelineNetwork, type(network)), {})
+    network.take(schedule, gating, SkippedStep(_process(pipeline.scheduler), schedule.reuse, keeps_noise=True))
+    network._suited, network._timesteps, network._calls_a_step = suited, None, calls_a_step
+    network._visited, network._count, network._last = [], 0, {}
 
 
 def _check_scheduler(file: Path, found_for: Mapping[str, Any], scheduler: Any, any_solver: bool) -> None:
-    for key in ("prediction_type", "beta_schedule"):
-        theirs = scheduler.config.get(key)
-        if key in found_for and theirs != found_for[key]:
-            raise InputError(f"{file}: found for {key} {found_for[key]}, the pipeline's scheduler has {theirs}")
+    if scheduler is None:
+        raise InputError(f"{file}: the pipeline that the gates were put in is gone, and its scheduler with it")
     ours, theirs = str(found_for.get("solver", "")), describe_scheduler(scheduler)
     if ", timesteps " in ours:  # a pipeline is told them when it is called
         ours, theirs = (words.split(", ")[0] for words in (ours, theirs))
     if ours and ours != theirs and not any_solver:
         raise InputError(f"{file}: found for {ours}, the pipeline's scheduler is {theirs}; remap_to runs it anyway")
+    compared = {key: value for key, value in found_for.items() if key != "solver"}
+    if compared.get("beta_schedule") == "squaredcos_cap_v2":
+        compared = {key: value for key, value in compared.items() if key not in ("beta_start", "beta_end")}
+    for key, value in compared.items():
+        theirs = scheduler.config.get(key, value)
+        if theirs != value and not (isinstance(theirs, float) and math.isclose(theirs, value, rel_tol=1e-6)):
+            raise InputError(f"{file}: found for {key} {value}, the pipeline's scheduler has {theirs}")
 
 
 def disable_gates(pipeline: Any) -> None:
-    """Take the gates out; the pipeline gives what it gave before, bit for bit."""
+    """Take the gates out; the pipeline gives what it gave before, bit for bit.
+
+    Raises:
+        InputError: something has hooked the network since, and holds on to its gated forward.
+    """
     network = _network(pipeline)
+    if isinstance(network, GatedPipelineNetwork) and "forward" in vars(network):
+        name = type(network).__name__
+        raise InputError(f"{name}: something has hooked its forward since gates were enabled; remove those hooks first")
     remove(network)
     if isinstance(network, GatedPipelineNetwork):
         network.__class__ = type(network).__bases__[1]
-        for name in inspect.get_annotations(GatedPipelineNetwork):
-            delattr(network, name)
+        for owner in (GatedPipelineNetwork, GatedPaths):
+            for name in inspect.get_annotations(owner):
+                delattr(network, name)
 
 
 def _process(scheduler: Any) -> Process | None:
     """How the pipeline's predictions are read; None where its scheduler describes no process known here."""
     config = {"clip_sample": False, **scheduler.config}
     try:
-        return Process.from_scheduler(config)
+        return Process.from_scheduler(config, getattr(scheduler, "alphas_cumprod", None))
     except InputError:
         return None
 
@@ -152,9 +196,10 @@ class _Seen:
 
 
 def _network(pipeline: Any) -> Any:
+    """The pipeline's network; of a compiled one that which was compiled."""
     for name in _COMPONENTS:
-        if getattr(pipeline, name, None) is not None:
-            return getattr(pipeline, name)
+        if (found := getattr(pipeline, name, None)) is not None:
+            return getattr(found, "_orig_mod", found)
     raise InputError(f"{type(pipeline).__name__}: has neither of {', '.join(_COMPONENTS)}")
 
 

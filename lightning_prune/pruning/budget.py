@@ -206,7 +206,8 @@ def bisect_threshold(
     """Algorithm 1 of the paper: one threshold on keep scores in [0, 1], found by bisection.
 
     The share pruned is a step function of the threshold, so the printed loop need not end; here it ends after 50
-    rounds at the last threshold that kept the budget. Unlike the printed rule, the result never exceeds the budget.
+    rounds at the last threshold that kept the budget, and further gates are opened, best first, while one fits. Unlike
+    the printed rule, the result never exceeds the budget.
     """
     low, high = 0.0, 1.0 + 1e-9
     best = _thresholded(keep, high, graph)
@@ -222,7 +223,8 @@ def bisect_threshold(
             break
     if costs.kept(best) > budget:
         raise InputError(f"budget: {budget:g} is out of reach: no threshold keeps less than {costs.kept(best):.4f}")
-    return best
+    everything = [graph.full()] * len(best)
+    return tuple(_filled(list(best), everything, keep, graph, costs, budget * costs.dense * len(best)))
 
 
 def _thresholded(keep: Scores, threshold: float, graph: BlockGraph) -> tuple[Row, ...]:

@@ -15,7 +15,7 @@ from jsonschema import validate
 from lightning_prune.blocks import GateSchedule
 from lightning_prune.cli import bench, bench_text, main
 from lightning_prune.cli.bench_networks import Task, load_pair
-from lightning_prune.diffusion.gated import gated
+from lightning_prune.diffusion.gated import MadeFor, gated
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.export import save_artifact
@@ -146,7 +146,7 @@ def test_a_trajectory_of_another_solver(artifact: Path) -> None:
     process = load_pair(artifact, None, None).process()
     graph = tiny_dit().blocks("half")
     found = GateSchedule.of(graph, "residual", [[True] * len(graph)] * 3)
-    for_ddim = gated(tiny_dit(), found, process, Sampler().describe())
+    for_ddim = gated(tiny_dit(), found, process, MadeFor.of(Sampler(steps=3), process))
     with pytest.raises(InputError, match="gates: the schedule is for DDIM"):
         Task(process, 3, solver="dpm-solver++").arm(for_ddim, "eager", 1)
     assert Task(process, 3).arm(for_ddim, "eager", 1)().shape == (1, 1, 32, 32)

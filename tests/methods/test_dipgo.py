@@ -1,6 +1,7 @@
 """DiP-GO in training and after: what trains, what resumes, what it leaves behind and who may use it."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def test_gates_json_has_the_schema(finished: Any) -> None:
     content = json.loads((folder / "artifact" / "gates.json").read_text())
     assert content.keys() == {
         "schema", "fingerprint", "scheduler", "num_inference_steps", "guidance", "granularity", "cache_mode", "blocks",
-        "gates", "budget", "macs_kept", "reuse",
+        "gates", "budget", "macs_kept", "reuse", "block_macs", "network",
     }  # fmt: skip
     assert (content["num_inference_steps"], len(content["gates"])) == (4, 4)
     assert all(len(row) == len(content["blocks"]) and set(row) <= {0, 1} for row in content["gates"])
@@ -315,7 +316,18 @@ def test_another_solver_of_equally_many_calls_is_refused(finished: Any, tmp_path
         ({"gates": [[1, 1, 1, 1]]}, "1 rows of gates for 4 steps"),
         ({"gates": [[0, 1, 1, 1], *[[1] * 4] * 3]}, "first step runs in full"),
         ({"cache_mode": "none"}, "none of output, residual"),
-        ({"blocks": ["A0"]}, "4 gates for 1 blocks"),
+        ({"blocks": ["A0"]}, "block_macs: 4 for 1 blocks|4 gates for 1 blocks"),
+        ({"gates": [[1] * 4, [0.3, 1, 1, 1], *[[1] * 4] * 2]}, "gates: "),
+        ({"gates": [[1] * 4, ["0", 1, 1, 1], *[[1] * 4] * 2]}, "gates: "),
+        ({"gates": [[1] * 4, None, *[[1] * 4] * 2]}, "gates: "),
+        ({"gates": 5}, "gates: 5"),
+        ({"blocks": 7}, "blocks: 7"),
+        ({"scheduler": 3}, "scheduler: 3"),
+        ({"budget": float("nan")}, "budget: NaN"),
+        ({"guidance": "a"}, 'guidance: "a"'),
+        ({"macs_kept": {"aten": None}}, "macs_kept"),
+        ({"block_macs": {"blocks": [1, 2]}}, "block_macs: not MACs"),
+        ({"network": []}, "network"),
     ],
 )
 def test_damaged_gates_name_the_file(change: Any, message: str, tmp_path: Path) -> None:
@@ -344,6 +356,14 @@ def test_damaged_gates_name_the_file(change: Any, message: str, tmp_path: Path) 
         ({"temperature": 0.0}, "temperature"),
         ({"noises": 0}, "noises"),
         ({"collapse_weight": -1.0}, "collapse_weight"),
+        ({"collapse_weight": math.nan}, "collapse_weight: nan"),
+        ({"temperature": math.nan}, "temperature: nan"),
+        ({"cost_weight": -5.0}, "cost_weight: -5"),
+        ({"refine": -3}, "refine: -3"),
+        *[
+            ({"budget_range": found}, "budget_range")
+            for found in ((0.9, 0.1), (5.0, 7.0), (-1.0, 0.1), (math.nan, 1.0))
+        ],
     ],
 )
 def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) -> None:
@@ -389,6 +409,9 @@ PLMS: dict[str, Any] = {"process": Process("linear", "epsilon", clip_sample=Fals
 
 def test_controls_are_those_there_are() -> None:
     rules = ["uniform-reuse", "random-gates"]
+    # Lines are drawn through even steps, too.
+    assert tiny_dipgo(reuse="linear").compare[-1] == "whole-steps"
+    assert tiny_dipgo(sampler=Sampler("dpm-solver++", 4)).compare == ["fewer-steps", "kept-steps", *rules]
     assert tiny_dipgo(**FLOW).compare == ["fewer-steps", *rules]
     assert tiny_dipgo(**PLMS).compare == ["fewer-steps", "dpm-solver++", *rules]
     assert len(tiny_dipgo().compare) == 6
@@ -509,3 +532,138 @@ def test_plms_that_visits_a_timestep_twice_is_searched_by_its_calls(tmp_path: Pa
     assert len(result.denoiser.schedule.rows) == 5  # type: ignore[arg-type]
     images = module.sample_images(torch.arange(2), torch.arange(2), Sampler("plms", 4))
     assert torch.isfinite(images).all()
+
+
+# What a checkpoint, a budget and a sampler are of
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 5},
+        {"denoiser": tiny_dit(3)},
+        {"sampler": Sampler("dpm-solver++", 4)},
+        {"reuse": "linear"},
+        {"noises": 2},
+    ],
+)
+def test_a_checkpoint_of_another_search_is_refused(other: Any) -> None:
+    checkpoint: dict[str, Any] = {}
+    tiny_dipgo().on_save_checkpoint(checkpoint)
+    tiny_dipgo(budget=0.6).on_load_checkpoint(checkpoint)
+    with pytest.raises(InputError, match="ckpt_path: the checkpoint is of a search over another network"):
+        tiny_dipgo(**other).on_load_checkpoint(checkpoint)
+
+
+def test_scores_that_are_no_numbers_rank_nothing(tmp_path: Path) -> None:
+    module = tiny_dipgo()
+    with torch.no_grad():
+        module.pruner.scores.fill_(math.nan)
+    with pytest.raises(InputError, match="not finite"):
+        module.schedules()
+    broken = tiny_dipgo()
+    broken.denoiser.network.proj_out_2.bias.data.fill_(math.nan)
+    with pytest.raises(InputError, match="loss is nan at step 0"):
+        fit(broken, tmp_path, max_steps=1)
+
+
+def test_a_budget_keeps_its_value(tmp_path: Path) -> None:
+    """A third of thirty steps is ten, whatever its name."""
+    module = tiny_dipgo(sampler=Sampler(steps=30), budget=1 / 3, further_budgets=[1 / 3 + 1e-9])
+    assert len(module.schedules()) == 2
+    assert "ddim 10 steps" in module.variants()
+    files = module.artifact_files()
+    assert json.loads(files["gates.json"])["budget"] == 1 / 3
+    assert all(json.loads(text)["macs_kept"]["aten"] <= json.loads(text)["budget"] for text in files.values())
+
+
+def test_an_artifact_knows_its_guidance_and_process(finished: Any) -> None:
+    _, folder = finished
+    loaded = lightning_prune.load(folder / "artifact")
+    ids = torch.arange(2)
+    with pytest.raises(InputError, match=r"for no guidance \(scale 1\), not guidance"):
+        sample_images(loaded, PROCESS, ids, ids, Sampler(steps=4, guidance=7.5))
+    with pytest.raises(InputError, match="the schedule is for beta_schedule"):
+        sample_images(loaded, Process("linear", "v"), ids, ids, Sampler(steps=4))
+
+
+def test_gates_nothing_reads_are_refused(finished: Any, tmp_path: Path) -> None:
+    module, folder = finished
+    if module.problem.graph.independent:
+        return
+    content = json.loads((folder / "artifact" / "gates.json").read_text())
+    content["gates"][1] = [*[1] * (len(content["blocks"]) - 1), 0]
+    file = tmp_path / "gates.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="gates of step 1 are open for blocks that nothing reads"):
+        apply_gates(module.denoiser, file, PROCESS)
+
+
+# Budgets of seconds
+
+
+def slow_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention parts take nine times as long as the others, by a clock that counts what runs."""
+
+    def medians(arms: Any, repeats: int) -> dict[str, float]:
+        return {name: 1.0 if not name else 0.55 if name.startswith("A") else 0.95 for name in arms}
+
+    monkeypatch.setattr("lightning_prune.metrics.block_costs.interleaved_medians", medians)
+
+
+def test_budgets_of_seconds_are_kept_and_survive_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_attention(monkeypatch)
+    settings: dict[str, Any] = {"budget_of": "seconds", "refine": 4, "reuse": "linear", "step_gates": False}
+    module = tiny_dipgo(**settings)
+    saving = SaveAt(1, tmp_path / "one.ckpt")
+    fit(module, tmp_path / "whole", max_steps=2, callbacks=[saving, ArtifactWriter()], enable_checkpointing=True)
+    content = json.loads((tmp_path / "whole" / "artifact" / "gates.json").read_text())
+    share = {"A": 0.45, "F": 0.05}
+    spent = sum(share[n[0]] for row in content["gates"] for n, gate in zip(content["blocks"], row, strict=True) if gate)
+    assert content["seconds_kept"] == pytest.approx(spent / 4, abs=1e-6)
+    assert 0.5 - 0.45 / 4 < content["seconds_kept"] <= 0.5
+    assert content["macs_kept"]["aten"] == module.costs.kept(module.schedules()["0.5"].rows) != content["seconds_kept"]
+    monkeypatch.setattr("lightning_prune.methods.dipgo.module.timed_costs", None)  # another day it would say another
+    resumed = tiny_dipgo(**settings)
+    fit(resumed, tmp_path / "resumed", tmp_path / "one.ckpt", max_steps=2)
+    assert resumed.schedules() == module.schedules()
+
+
+def test_seconds_are_measured_of_real_calls(tmp_path: Path) -> None:
+    module = tiny_dipgo(budget_of="seconds", budget=0.9, further_budgets=None)
+    fit(module, tmp_path, max_steps=1)
+    costs = module.problem.costs
+    assert costs.dense > 0
+    assert costs != module.costs
+    assert sum(costs.blocks) <= costs.dense
+
+
+# Latents
+
+
+class Halving(EmbeddedFashion):
+    """Images for latents, with a decoder that shows their left halves alone."""
+
+    class Decoder:
+        def to(self, device: Any) -> Any:
+            return self
+
+        def decode(self, latents: torch.Tensor, gradients: bool = False) -> torch.Tensor:
+            with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+                return latents[..., :16] * 1.0
+
+    decoder = Decoder()
+
+
+def test_the_loss_may_be_of_decoded_pictures(tmp_path: Path) -> None:
+    module = tiny_dipgo(decode=True)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, max_steps=1, default_root_dir=tmp_path
+    )
+    trainer.fit(module, datamodule=Halving(batch_size=4))
+    samples, dense = torch.zeros(2, 1, 32, 32, requires_grad=True), torch.ones(2, 1, 32, 32)
+    (gradient,) = torch.autograd.grad(module._consistency(samples, dense), samples)
+    assert gradient[..., :16].abs().min() > 0
+    assert not gradient[..., 16:].any()
+    with pytest.raises(InputError, match=r"model\.decode: the data has no decoder"):
+        fit(tiny_dipgo(decode=True), tmp_path, max_steps=1)

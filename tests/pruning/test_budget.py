@@ -142,4 +142,4 @@ def test_bisection_ends_within_the_budget_even_on_ties() -> None:
         assert costs.kept(bisect_threshold(keep, graph, costs, budget)) <= budget
     tied: list[list[float]] = [[0.5] * 3 for _ in range(20)]
     rows: tuple[Row, ...] = bisect_threshold(tied, graph, costs, 0.5)
-    assert costs.kept(rows) == pytest.approx(0.05), "one threshold cannot split equal scores"
+    assert 0.5 - max(costs.blocks) / (20 * costs.dense) < costs.kept(rows) <= 0.5, "further gates are opened one by one"

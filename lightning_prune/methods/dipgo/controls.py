@@ -56,14 +56,27 @@ class GateProblem:
         return max(1, int(budget * self.steps + 1e-9))
 
 
-def controls(asked: Sequence[Control] | None, sampler: Sampler, process: Process) -> list[Control]:
+def budget_name(budget: float) -> str:
+    """A budget in rows and names of files: as short as says it exactly."""
+    short = f"{budget:g}"
+    return short if float(short) == budget else repr(budget)
+
+
+def controls(
+    asked: Sequence[Control] | None, sampler: Sampler, process: Process, reuse: Reuse = "last"
+) -> list[Control]:
     """The controls asked for; None is the usual ones that there are for a sampler and a process.
+
+    With linear reuse, full steps at equal distances are among them: lines are drawn through these, too.
 
     Raises:
         InputError: one asked for that there is not.
     """
     if asked is None:
-        return [name for name in _USUAL if _lacking(name, sampler, process) is None]
+        usual: tuple[Control, ...] = (*_USUAL, "whole-steps") if reuse == "linear" else _USUAL
+        # A search under DPM-Solver++ has those rows already.
+        own = "" if sampler.name != "dpm-solver++" else sampler.name
+        return [name for name in usual if not (own and name.startswith(own)) and not _lacking(name, sampler, process)]
     for name in asked:
         if reason := _lacking(name, sampler, process):
             raise InputError(f"model.compare: {name}: {reason}")
@@ -107,7 +120,7 @@ def control(
         sampler = replace(kept_steps(problem, learned, count), name="dpm-solver++")
         return f"dpm-solver++ {label} kept", Variant(denoiser, sampler)
     found = rule(name, problem, budget, seed)
-    return f"{name} {budget:g}", Variant(gated(denoiser, found, problem.process))
+    return f"{name} {budget_name(budget)}", Variant(gated(denoiser, found, problem.process))
 
 
 def _steps(count: int) -> str:
@@ -151,8 +164,8 @@ def rule(name: Control, problem: GateProblem, budget: float, seed: int = 0) -> G
     """A schedule that no search found.
 
     * whole-steps: full steps at equal distances; the others run no block.
-    * uniform-reuse: full steps at equal distances; the others run the blocks around the output, as DeepCache does on
-      U-Nets (Ma et al. 2024).
+    * uniform-reuse: full steps at equal distances; the others run the shallowest branch, the fewest blocks around the
+      output, as DeepCache does on U-Nets (Ma et al. 2024), or none where the budget does not pay for these.
     * random-gates: the solver with random scores.
 
     Raises:
@@ -165,18 +178,11 @@ def rule(name: Control, problem: GateProblem, budget: float, seed: int = 0) -> G
     if name == "whole-steps":
         rows = _interleaved(problem, (False,) * len(problem.graph), budget)
     else:
-        rows = _shallow_reuse(problem, budget)
+        branches = (shallow(problem.graph, depth) for depth in (1, 0))
+        rows = next((rows for branch in branches if (rows := _interleaved(problem, branch, budget))), None)
     if rows is None:
         raise InputError(f"budget: {budget:g} is out of reach of {name}")
     return problem.schedule(rows)
-
-
-def _shallow_reuse(problem: GateProblem, budget: float) -> list[Row] | None:
-    """The deepest reuse with which the budget still pays for a full step in every five, else the shallowest."""
-    found = [_interleaved(problem, shallow(problem.graph, depth), budget) for depth in range(len(problem.graph))]
-    possible = [rows for rows in found if rows is not None]
-    frequent = [rows for rows in possible if 5 * sum(map(all, rows)) >= len(rows)]
-    return frequent[-1] if frequent else possible[0] if possible else None
 
 
 def shallow(graph: BlockGraph, depth: int) -> Row:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -23,10 +26,18 @@ from lightning_prune.diffusion.samplers import OnStep, initial_noise, sample_ima
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.unroll import Unroll
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.export.gates import GATES, GateFile, fingerprint, gates_of, solver_config
+from lightning_prune.export.gates import GATES, GateFile, fingerprint, gates_of, network_of, solver_config
 from lightning_prune.methods.dipgo.batches import by_process, own_batches, stored
 from lightning_prune.methods.dipgo.consistency import ConsistencyLoss, consistency
-from lightning_prune.methods.dipgo.controls import Control, GateProblem, as_whole_steps, control, controls, rule
+from lightning_prune.methods.dipgo.controls import (
+    Control,
+    GateProblem,
+    as_whole_steps,
+    budget_name,
+    control,
+    controls,
+    rule,
+)
 from lightning_prune.methods.dipgo.gate_sampling import (
     DrawnGates,
     budgeted_gates,
@@ -36,7 +47,7 @@ from lightning_prune.methods.dipgo.gate_sampling import (
 from lightning_prune.methods.dipgo.pruner import Encoder, QueryPruner, ScoreTable
 from lightning_prune.methods.dipgo.refine import Changes, refined
 from lightning_prune.methods.dipgo.teacher import Teacher
-from lightning_prune.metrics.block_costs import traced_costs
+from lightning_prune.metrics.block_costs import timed_costs, traced_costs
 from lightning_prune.module import Batch, LrSchedule, PruningModule
 from lightning_prune.protocols import InputError, Plan
 from lightning_prune.pruning.budget import bisect_threshold, greedy_cascades, nested, solve
@@ -63,11 +74,14 @@ class DiPGO(PruningModule):
         cache_mode: what a skipped block gives: its last "output", or its input and the "residual" it last added.
         budget: fraction of the dense trajectory's MACs that the result may keep.
         further_budgets: budgets of further schedules from the same search, nested with the first unless refined.
+        budget_of: what budgets are fractions of: MACs, or seconds of calls for a training batch, as measured on this
+            machine when the run starts.
         preset: "budgeted" draws gates at a budget, "paper" shuts them by the published sparsity loss.
         budget_range: budgets that training draws from; null goes from two thirds of the smallest to 1.2 of the
             largest.
         temperature: of the gates that "budgeted" draws; lower is closer to hard thresholds.
         loss: consistency of samples: "mse", "l1", "ssim" or "ssim+l1", on what the sampler gives.
+        decode: whether the loss is of the pictures that the data's decoder makes of latents, as published.
         collapse_weight: weight of the expected share of steps skipped as a whole.
         whole_steps: whether the result may skip whole steps.
         cost_weight: weight alpha of the published sparsity loss; "paper" only.
@@ -103,10 +117,12 @@ class DiPGO(PruningModule):
         cache_mode: CacheMode = "residual",
         budget: float = 0.5,
         further_budgets: list[float] | None = None,
+        budget_of: Literal["macs", "seconds"] = "macs",
         preset: Literal["budgeted", "paper"] = "budgeted",
         budget_range: tuple[float, float] | None = None,
         temperature: float = 1.0,
         loss: ConsistencyLoss = "mse",
+        decode: bool = False,
         collapse_weight: float = 0.0,
         whole_steps: bool = True,
         cost_weight: float = 1.0,
@@ -131,35 +147,35 @@ class DiPGO(PruningModule):
         # It stays in evaluation mode, which is what Lightning warns of.
         warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training")
         self.budget, self.further_budgets = budget, sorted(further_budgets or [], reverse=True)
-        self.preset, self.consistency_loss = preset, loss
+        self.budget_of: Literal["macs", "seconds"] = budget_of
+        self._seconds: BlockCosts | None = None
+        self.preset, self.consistency_loss, self.decode = preset, loss, decode
         self.temperature, self.collapse_weight, self.whole_steps = temperature, collapse_weight, whole_steps
         self.cost_weight, self.cost_floor, self.cascades = cost_weight, cost_floor, cascades
         self.selection, self.noises, self.refine, self.full_steps = selection, noises, refine, full_steps
         if full_steps and not (refine and whole_steps):
             raise InputError("model.full_steps: needs model.refine, and model.whole_steps to skip the others")
         self.step_gates = step_gates and preset == "budgeted"
-        _check(sampler, process, self.budgets, temperature, collapse_weight, noises)
+        _check(sampler, process, self.budgets, budget_range, noises)
+        numbers = {"temperature": temperature, "collapse_weight": collapse_weight, "cost_weight": cost_weight}
+        _check_numbers(numbers | {"cost_floor": cost_floor, "refine": refine}, positive=("temperature",))
         self.predict_sampler = sampler
-        self.compare = controls(compare, sampler, process)
-        self.budget_range = budget_range or (min(self.budgets) * 2 / 3, min(1.0, max(self.budgets) * 1.2))
+        self.compare = controls(compare, sampler, process, reuse)
+        usual = (min(self.budgets) * 2 / 3, min(1.0, max(self.budgets) * 1.2))
+        self.budget_range = usual if budget_range is None else budget_range
         graph = denoiser.blocks(granularity).in_mode(cache_mode)
-        costs = traced_costs(denoiser, granularity, cache_mode)
-        self.problem = GateProblem(graph, cache_mode, costs, process, sampler, reuse)
+        self.costs = traced_costs(denoiser, granularity, cache_mode)
+        self.problem = GateProblem(graph, cache_mode, self.costs, process, sampler, reuse)
         self.unroll = Unroll(
             denoiser, granularity, cache_mode, process, sampler, checkpoint_blocks=checkpoint_blocks, reuse=reuse
         )
-        solve([[0.0] * len(graph)] * self.problem.steps, graph, costs, min(self.budgets), whole_steps=whole_steps)
+        self._check_reach()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, 3))
             self.pruner = ScoreTable(*self._shape) if pruner == "table" else QueryPruner(*self._shape, encoder=encoder)
         self.teacher = Teacher(lambda ids, cond: self._dense_images(ids, cond))
         self._recent: deque[Batch] = deque(maxlen=_RECENT)
         self._refined: dict[float, tuple[Row, ...]] = {}
-
-    @property
-    def costs(self) -> BlockCosts:
-        """MACs of one network call by block."""
-        return self.problem.costs
 
     @property
     def budgets(self) -> list[float]:
@@ -177,9 +193,11 @@ class DiPGO(PruningModule):
         drawn = self._gates(ids) if self.training else None
         gates = (self._chosen(), None) if drawn is None else (drawn.run, drawn.steps)
         dense = self.teacher.images(noise_ids, ids, cond)
-        kept = consistency(self.unroll(noise, cond, *gates), dense, self.consistency_loss)
+        kept = self._consistency(self.unroll(noise, cond, *gates), dense)
         if drawn is None:
             return kept, {}
+        if not torch.isfinite(kept):  # a step takes seconds, and a score that is no number would never be one again
+            raise InputError(f"loss is {kept.item()} at step {self.global_step}; lower the learning rate")
         values = {"consistency": kept.detach(), "kept": drawn.cost.detach(), "skipped_steps": drawn.skipped_steps}
         return kept + self._penalty(drawn), {key: value.detach() for key, value in values.items()}
 
@@ -232,7 +250,7 @@ class DiPGO(PruningModule):
 
     def _chosen(self) -> Tensor:
         """The result's gates as they stand, [T, N]."""
-        return torch.tensor(self.schedules()[f"{self.budget:g}"].rows, dtype=torch.float32, device=self.device)
+        return torch.tensor(self.schedules()[budget_name(self.budget)].rows, dtype=torch.float32, device=self.device)
 
     def _dense_images(self, noise_ids: Tensor, cond: Condition) -> Tensor:
         return sample_images(self.denoiser, self.process, noise_ids, cond, self.problem.sampler, self._noise_seed)
@@ -253,8 +271,18 @@ class DiPGO(PruningModule):
         if sampler != self.problem.sampler:
             raise InputError(f"draws by {_words(sampler)}, but model.sampler is {_words(self.problem.sampler)}")
 
+    def on_fit_start(self) -> None:
+        if self.decode and getattr(self.trainer.datamodule, "decoder", None) is None:  # type: ignore[attr-defined]
+            raise InputError("model.decode: the data has no decoder, which latents have as data.decoder")
+
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.budget_of == "seconds" and self._seconds is None:
+            batch = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+            schedule = self.problem.schedule([self.problem.graph.full()])
+            own = timed_costs(self.denoiser, schedule, self.process, batch)
+            self._pay_by(World.current().gather(own)[0])  # the first process' for all
+            self._check_reach()
         last, end = self.trainer.max_steps, self.trainer.estimated_stepping_batches
         if self.refine and last < 1:
             raise InputError("model.refine: follows the last step, so trainer.max_steps has to say which that is")
@@ -275,6 +303,15 @@ class DiPGO(PruningModule):
             # In the context of a training step: the teacher's images are drawn there, so candidates are, too.
             with self.trainer.precision_plugin.train_step_context():
                 self._refined = self._refine()
+
+    def _pay_by(self, seconds: BlockCosts) -> None:
+        self._seconds, self.problem = seconds, replace(self.problem, costs=seconds)
+
+    def _check_reach(self) -> None:
+        """Raise `InputError` where the smallest budget does not pay for what has to run."""
+        problem = self.problem
+        scores = [[0.0] * len(problem.graph)] * problem.steps
+        solve(scores, problem.graph, problem.costs, min(self.budgets), whole_steps=self.whole_steps)
 
     def _refine(self) -> dict[float, tuple[Row, ...]]:
         chosen = {float(budget): schedule.rows for budget, schedule in self.schedules().items()}
@@ -311,7 +348,13 @@ class DiPGO(PruningModule):
     def _of_batch(self, network: Denoiser, batch: Batch) -> Tensor:
         noise_ids, cond = self._noise_ids(batch["id"]), batch["cond"]
         images = sample_images(network, self.process, noise_ids.cpu(), cond, self.problem.sampler, self._noise_seed)
-        return consistency(images, self.teacher.images(noise_ids, batch["id"], cond), self.consistency_loss)
+        return self._consistency(images, self.teacher.images(noise_ids, batch["id"], cond))
+
+    def _consistency(self, samples: Tensor, dense: Tensor) -> Tensor:
+        if self.decode:
+            decoder = self.trainer.datamodule.decoder.to(self.device)  # type: ignore[attr-defined]
+            samples, dense = decoder.decode(samples, gradients=True), decoder.decode(dense)
+        return consistency(samples, dense, self.consistency_loss)
 
     def _noise_ids(self, ids: Tensor) -> Tensor:
         return ids if self.noises is None else ids % self.noises
@@ -336,12 +379,30 @@ class DiPGO(PruningModule):
         checkpoint["teacher"] = world.gather(self.teacher.state())
         checkpoint["recent"] = world.gather(stored(self._recent))
         checkpoint["refined"] = self._refined
+        checkpoint["searched"] = self._searched
+        checkpoint["nanoseconds"] = self._seconds and (self._seconds.blocks, self._seconds.shell)
+
+    @cached_property
+    def _searched(self) -> str:
+        """What the teacher's images, gates and scores of a checkpoint are of."""
+        problem, sampler = self.problem, self.problem.sampler
+        scheduler = solver_config(sampler, self.process)
+        denoiser = fingerprint(self.denoiser, scheduler, problem.steps, sampler.guidance)
+        own = (problem.graph.granularity, problem.mode, problem.reuse, sampler.guidance, self.noises, self._noise_seed)
+        return " ".join(map(str, (denoiser, *own)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("searched", self._searched) != self._searched:
+            raise InputError(
+                "ckpt_path: the checkpoint is of a search over another network, sampler, noise, seed, granularity, "
+                "cache_mode or reuse"
+            )
         for state in by_process(checkpoint.get("teacher")):
             self.teacher.restore(state)
         self._recent.extend(own_batches(checkpoint.get("recent")))
         self._refined = dict(checkpoint.get("refined", {}))
+        if self.budget_of == "seconds" and checkpoint.get("nanoseconds"):
+            self._pay_by(BlockCosts(*checkpoint["nanoseconds"]))
 
     # Planned
 
@@ -349,7 +410,7 @@ class DiPGO(PruningModule):
         """Gates at the budget; which blocks they skip is for the search to find."""
         return Plan(
             axis="gates",
-            target=f"budget {self.budget:g}",
+            target=f"budget {self.budget:g}" + (" of seconds" if self.budget_of == "seconds" else ""),
             touched=self.problem.graph.names,
             macs_kept=self.kept_fraction()["aten"],
             parameters_kept=sum(p.numel() for p in self.denoiser.parameters()),
@@ -367,18 +428,20 @@ class DiPGO(PruningModule):
             self.pruner.eval()
             scores = self._scores().float().cpu()
         self.pruner.train(self.training)
+        if not torch.isfinite(scores).all():
+            raise InputError("model.pruner: its scores are not finite, so they rank no gates")
         chosen = self._of_refined() if self._refined else self._select(scores)
-        found = {f"{budget:g}": self.problem.schedule(rows) for budget, rows in chosen.items()}
-        result = found.pop(f"{self.budget:g}")
-        return {**found, f"{self.budget:g}": result}
+        found = {budget_name(budget): self.problem.schedule(rows) for budget, rows in chosen.items()}
+        result = found.pop(budget_name(self.budget))
+        return {**found, budget_name(self.budget): result}
 
     def _of_refined(self) -> dict[float, tuple[Row, ...]]:
-        by_name = {f"{budget:g}": rows for budget, rows in self._refined.items()}
+        by_name = {budget_name(budget): rows for budget, rows in self._refined.items()}
         for budget in self.budgets:
-            if f"{budget:g}" not in by_name:
+            if budget_name(budget) not in by_name:
                 key = "model.budget" if budget == self.budget else "model.further_budgets"
                 raise InputError(f"{key}: {budget:g} is none of the budgets that were refined, {', '.join(by_name)}")
-        return {budget: by_name[f"{budget:g}"] for budget in self.budgets}
+        return {budget: by_name[budget_name(budget)] for budget in self.budgets}
 
     def _select(self, scores: Tensor) -> dict[float, Any]:
         graph, costs = self.problem.graph, self.problem.costs
@@ -413,18 +476,18 @@ class DiPGO(PruningModule):
         self, ids: Tensor, cond: Condition, sampler: Sampler, seed: int = 0, on_step: OnStep | None = None
     ) -> Tensor:
         """Images of the result as it stands, drawn with the sampler it is for."""
-        result = gated(self.denoiser, self.schedules()[f"{self.budget:g}"], self.process)
+        result = gated(self.denoiser, self.schedules()[budget_name(self.budget)], self.process)
         return sample_images(result, self.process, ids, cond, self.problem.sampler, seed, on_step)
 
     def kept_fraction(self) -> dict[str, float]:
         """Share of the dense trajectory's MACs that the result keeps, by convention."""
-        rows = self.schedules()[f"{self.budget:g}"].rows
-        return {"aten": self.problem.costs.kept(rows)}
+        rows = self.schedules()[budget_name(self.budget)].rows
+        return {"aten": self.costs.kept(rows)}
 
     def artifact_files(self) -> dict[str, str]:
         """`gates.json` of the result, and `gates-<budget>.json` of every further budget."""
         sampler, schedules = self.problem.sampler, self.schedules()
-        result, scheduler = schedules[f"{self.budget:g}"], solver_config(sampler, self.process)
+        result, scheduler = schedules[budget_name(self.budget)], solver_config(sampler, self.process)
         module = traced_costs(self.denoiser, result.granularity, result.cache_mode, "module")
         origin = fingerprint(self.denoiser, scheduler, result.steps, sampler.guidance)
         files = {}
@@ -435,7 +498,10 @@ class DiPGO(PruningModule):
                 scheduler=scheduler,
                 guidance=sampler.guidance,
                 budget=float(budget),
-                macs_kept={"aten": self.problem.costs.kept(schedule.rows), "module": module.kept(schedule.rows)},
+                macs_kept={"aten": self.costs.kept(schedule.rows), "module": module.kept(schedule.rows)},
+                costs=self.costs,
+                network=network_of(self.denoiser),
+                seconds_kept=None if self._seconds is None else self._seconds.kept(schedule.rows),
             )
             files[GATES if schedule is result else gates_of(budget)] = file.text()
         return files
@@ -449,8 +515,7 @@ def _check(
     sampler: Sampler,
     process: Process,
     budgets: list[float],
-    temperature: float,
-    collapse_weight: float,
+    budget_range: tuple[float, float] | None,
     noises: int | None,
 ) -> None:
     if sampler.calls(process) < 2:
@@ -458,9 +523,16 @@ def _check(
     for budget in budgets:
         if not 0 < budget <= 1:
             raise InputError(f"model.budget: {budget:g} is not in (0, 1]")
-    if temperature <= 0:
-        raise InputError(f"model.temperature: {temperature:g} is not positive")
-    if collapse_weight < 0:
-        raise InputError(f"model.collapse_weight: {collapse_weight:g} is negative")
+    if budget_range is not None and not 0 < budget_range[0] <= budget_range[1] <= 1:
+        low, high = budget_range
+        raise InputError(f"model.budget_range: {low:g} to {high:g} is no range of fractions in (0, 1]")
     if noises is not None and noises < 1:
         raise InputError(f"model.noises: {noises} is not positive")
+
+
+def _check_numbers(numbers: Mapping[str, float], positive: tuple[str, ...]) -> None:
+    for key, value in numbers.items():
+        if not math.isfinite(value) or value < 0:
+            raise InputError(f"model.{key}: {value:g} is not a number of at least 0")
+        if key in positive and value == 0:
+            raise InputError(f"model.{key}: {value:g} is not positive")

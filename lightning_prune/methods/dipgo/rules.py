@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.blocks import CacheMode, GateSchedule, Reuse
 from lightning_prune.diffusion.models import Denoiser
@@ -14,7 +15,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.dipgo.batches import own_batches, stored
 from lightning_prune.methods.dipgo.consistency import ConsistencyLoss
-from lightning_prune.methods.dipgo.controls import Control, GateProblem, rule
+from lightning_prune.methods.dipgo.controls import Control, GateProblem, budget_name, rule
 from lightning_prune.methods.dipgo.module import DiPGO
 from lightning_prune.module import Batch
 from lightning_prune.protocols import InputError
@@ -77,6 +78,7 @@ class GateRule(DiPGO):
         self.search, self.population, self.generations = search, population, generations
         self.pruner.requires_grad_(False)
         self._calibration: list[Batch] = []
+        self._has_searched = search not in ("greedy", "genetic")
 
     def configure_optimizers(self) -> Any:
         """None, as nothing trains."""
@@ -98,14 +100,22 @@ class GateRule(DiPGO):
         elif self.search == "genetic":
             self._found(bred(loss, self.problem, self.budget, self.population, self.generations, chance))
         self._calibration.clear()
+        self._has_searched = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        checkpoint["has_searched"] = self._has_searched
         checkpoint["calibration"] = World.current().gather(stored(self._calibration))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._calibration = own_batches(checkpoint.get("calibration"))
+        self._has_searched = bool(checkpoint.get("has_searched", True))
+
+    def on_train_end(self) -> None:
+        if not self._has_searched:
+            rank_zero_warn(f"model.search: {self.search} follows the last batch of an epoch, so nothing was searched")
+        super().on_train_end()
 
     def _found(self, scores: Scores) -> None:
         with torch.no_grad():
@@ -115,7 +125,7 @@ class GateRule(DiPGO):
         if self.search == "greedy" or self.search == "genetic":
             return super().schedules()
         budgets = sorted(self.budgets, key=lambda budget: budget == self.budget)
-        return {f"{budget:g}": rule(self.search, self.problem, budget, self.seed) for budget in budgets}
+        return {budget_name(budget): rule(self.search, self.problem, budget, self.seed) for budget in budgets}
 
     def result_name(self, budget: str) -> str:
         """Name of the row of a budget's schedule."""

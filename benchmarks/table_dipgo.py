@@ -38,6 +38,12 @@ ON_UNET = (
     "--model.cache_mode=output",
     "--trainer.callbacks.init_args.steps=20",
 )
+DPM = (
+    "--model.sampler.name=dpm-solver++",
+    "--model.sampler.steps=20",
+    "--trainer.callbacks.init_args.sampler=dpm-solver++",
+    "--trainer.callbacks.init_args.steps=20",
+)
 # Other searches of the transformer, one switch away from the table's: config and options by variant.
 EXTENSION = {
     "dipgo-last": ("dipgo/fashion_dit.yaml", ("--model.reuse=last",)),
@@ -74,6 +80,7 @@ def jobs() -> Iterator[Job]:
     yield _other("dipgo-parts-of-steps", *EXTENSION["dipgo-parts-of-steps"], 0.1)
     for budget in (0.35, 0.5):
         yield _on_dpm(budget)
+        yield _rule("fashion_dit", "whole-steps", budget, "extension", on_dpm=True)
 
 
 def _search(network: str, config: str, budget: float, seed: int, tier: str = "core") -> Job:
@@ -101,13 +108,14 @@ def _search(network: str, config: str, budget: float, seed: int, tier: str = "co
     )
 
 
-def _rule(network: str, rule: str, budget: float, tier: str = "core") -> Job:
+def _rule(network: str, rule: str, budget: float, tier: str = "core", on_dpm: bool = False) -> Job:
     """Full steps at equal distances, without blocks between them or with the shallowest branch."""
-    on = ON_UNET if network == "fashion_unet" else ()
+    on = ON_UNET if network == "fashion_unet" else DPM if on_dpm else ()
+    variant = f"{rule}{ON_DPM if on_dpm else ''}"
     return Job(
-        name=f"{network}-{rule}-{budget:g}-0",
+        name=f"{network}-{variant.replace('++', '')}-{budget:g}-0",
         network=network,
-        rows={f"{rule} {budget:g}": rule},
+        rows={f"{rule} {budget:g}": variant},
         target=f"{budget:g}",
         seed=0,
         config=f"baselines/{rule}.yaml",
@@ -138,7 +146,6 @@ def _on_dpm(budget: float) -> Job:
     count = int(budget * 20 + 1e-9)
     beside = {"dense": "dense", f"dpm-solver++ {count} steps": "fewer-steps"}
     beside |= {f"dpm-solver++ {count} steps kept": "kept-steps"}
-    beside |= {f"{rule} {budget:g}": rule for rule in ("whole-steps", "uniform-reuse")}
     return Job(
         name=f"fashion_dit-dpm-{budget:g}-0",
         network="fashion_dit",

@@ -77,8 +77,8 @@ class DiPGO(PruningModule):
         budget_of: what budgets are fractions of: MACs, or seconds of calls for a training batch, as measured on this
             machine when the run starts.
         preset: "budgeted" draws gates at a budget, "paper" shuts them by the published sparsity loss.
-        budget_range: budgets that training draws from; null goes from two thirds of the smallest to 1.2 of the
-            largest.
+        budget_range: budgets that training draws from; null goes from two thirds of the smallest, or the first step
+            alone, to 1.2 of the largest.
         temperature: of the gates that "budgeted" draws; lower is closer to hard thresholds.
         loss: consistency of samples: "mse", "l1", "ssim" or "ssim+l1", on what the sampler gives.
         decode: whether the loss is of the pictures that the data's decoder makes of latents, as published.
@@ -161,7 +161,8 @@ class DiPGO(PruningModule):
         _check_numbers(numbers | {"cost_floor": cost_floor, "refine": refine}, positive=("temperature",))
         self.predict_sampler = sampler
         self.compare = controls(compare, sampler, process, reuse)
-        usual = (min(self.budgets) * 2 / 3, min(1.0, max(self.budgets) * 1.2))
+        least = 1 / sampler.calls(process)  # the first step runs in full
+        usual = (max(least, min(self.budgets) * 2 / 3), min(1.0, max(self.budgets) * 1.2))
         self.budget_range = usual if budget_range is None else budget_range
         graph = denoiser.blocks(granularity).in_mode(cache_mode)
         self.costs = traced_costs(denoiser, granularity, cache_mode)

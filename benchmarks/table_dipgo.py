@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -77,6 +78,10 @@ def jobs() -> Iterator[Job]:
     yield _search("fashion_dit", "dipgo/fashion_dit.yaml", 0.06, 0, "extension")
     for variant, (config, options) in EXTENSION.items():
         yield _other(variant, config, options, 0.2)
+    for network, budget in (("fashion_unet", 0.35), ("fashion_dit", 0.2)):
+        config = f"dipgo/{network}.yaml"
+        found = _other("dipgo-teacher-of-more-steps", config, (f"--model.teacher_steps={5 * STEPS[network]}",), budget)
+        yield replace(found, name=found.name.replace("fashion_dit", network), network=network)
     yield _other("dipgo-parts-of-steps", *EXTENSION["dipgo-parts-of-steps"], 0.1)
     for budget in (0.35, 0.5):
         yield _on_dpm(budget)

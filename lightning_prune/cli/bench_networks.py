@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.diffusion.conditions import Condition, move
-from lightning_prune.diffusion.gated import StepGated, check_solver
+from lightning_prune.diffusion.gated import StepGated, begin
 from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.process import Process
@@ -80,7 +80,7 @@ class Task:
         return self._trajectory(predict, denoiser, noise, cond)
 
     def _trajectory(self, predict: Predict, denoiser: Denoiser, noise: Tensor, cond: Condition) -> Callable[[], Tensor]:
-        check_solver(denoiser, self.sampler, self.process)
+        begin(denoiser, self.sampler, self.process)
         calls = self.sampler.calls(self.process)
 
         stepped: Any = predict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -17,7 +17,7 @@ from lightning_prune.diffusion.gating import Gating, install, sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.recall import Slot, Value, read, store
-from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.diffusion.solvers import HOLDING, Sampler, make_solver
 from lightning_prune.protocols import InputError
 
 Path = Callable[..., tuple[Any, list[Slot]]]  # of stored values, the clock, and what the network is called with
@@ -28,7 +28,9 @@ class SkippedStep:
 
     The last one is read as x_0 and noise: both stay, so DDIM that skips steps is DDIM on the steps that are left,
     whatever the network predicts. For plain noise prediction the prediction itself stays, which is the same, and
-    exact. With linear reuse x_0 goes on along the line through the last two, and the noise is what x then holds.
+    exact. With linear reuse x_0 goes on along the line through the last two; the noise is what x then holds. Solvers
+    of first order hold x_0 over a step: they are given the one that, held, does what the line does, and the step before
+    one that is skipped is theirs to begin with. Solvers of higher order draw lines of their own.
 
     Args:
         process: how predictions are read; None lets the prediction itself stay.
@@ -46,6 +48,16 @@ class SkippedStep:
         self.process = None if constant and reuse == "last" else process
         self.reuse: Reuse = reuse
         self.keeps_noise = keeps_noise
+        self._held_until: list[float | None] = []
+
+    def visits(self, timesteps: Sequence[float], holds: bool) -> None:
+        """Be told of a trajectory's timesteps, and whether its solver holds x_0 over a step."""
+        self._held_until = [*timesteps[1:], None] if holds and self.reuse == "linear" else []
+
+    @property
+    def holds(self) -> bool:
+        """Whether x_0 of a line is held over steps."""
+        return bool(self._held_until)
 
     def clock(self, t: Tensor) -> Tensor:
         """Where `t` [B] is on the axis of linear reuse."""
@@ -55,9 +67,13 @@ class SkippedStep:
         """What is stored once there is a prediction at `x`, `t`; with a gate [] or [B], to that degree."""
         return store(self.reuse, slot, self._read(prediction, x, t), self.clock(t), gate)
 
-    def predict(self, slot: Slot, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction at a later `x`, `t`, in the type of `x`."""
-        stored = read(slot, self.clock(t))
+    def predict(self, slot: Slot, x: Tensor, t: Tensor, step: int) -> Tensor:
+        """The prediction at a later `x`, `t` of step `step`, in the type of `x`."""
+        following = self._held_until[step] if self.holds else None
+        if following is None or self.process is None:
+            stored = read(slot, self.clock(t))
+        else:
+            stored = read(slot, self.process.held_clock(t, following))
         if self.process is None:
             prediction: Tensor = stored[0]
             return prediction
@@ -104,6 +120,11 @@ class GatedPaths(nn.Module):
     def forget(self) -> None:
         """Begin a trajectory: nothing is stored."""
         self._slots, self._memory = {}, {}
+
+    def on_line(self, step: int) -> bool:
+        """Whether what a step gives is read from the line: it, or where x_0 is held the one after it, is skipped."""
+        skipped = [not any(row) for row in self.schedule.rows[step : step + 2]]
+        return skipped[0] or (self._skipped_step.holds and step > 0 and any(skipped))
 
     def run(self, row: Row, turn: int, clock: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the network gives with these blocks, which are stored for the turn."""
@@ -180,10 +201,12 @@ class StepGated(GatedPaths):
         if turn not in self._memory and self._index:
             raise InputError(f"gates: call {turn + 1} of step {self._index} reads what no step before it has stored")
         self._turn += 1
-        if not any(row):
-            return self._skipped_step.predict(self._memory[turn], x, t)
-        prediction: Tensor = self.run(row, turn, self._skipped_step.clock(t), x, t, cond)
-        self._memory[turn] = self._skipped_step.remember(self._memory.get(turn), prediction, x, t)
+        prediction: Tensor | None = None
+        if any(row):
+            prediction = self.run(row, turn, self._skipped_step.clock(t), x, t, cond)
+            self._memory[turn] = self._skipped_step.remember(self._memory.get(turn), prediction, x, t)
+        if prediction is None or self.on_line(self._index):
+            return self._skipped_step.predict(self._memory[turn], x, t, self._index)
         return prediction
 
 
@@ -214,6 +237,18 @@ def gated(
     copy.made_for, copy._index, copy._turn = made_for, 0, 0
     result: Denoiser = copy
     return result
+
+
+def begin(denoiser: nn.Module, sampler: Sampler, process: Process) -> None:
+    """Tell a denoiser that runs gates what it is to be sampled by. Raises what `check_solver` does."""
+    check_solver(denoiser, sampler, process)
+    if isinstance(denoiser, StepGated):
+        tell(denoiser._skipped_step, sampler, process)
+
+
+def tell(skipped_step: SkippedStep, sampler: Sampler, process: Process) -> None:
+    """Tell skipped steps of a sampler's trajectory."""
+    skipped_step.visits(make_solver(sampler, process).timesteps.tolist(), sampler.name in HOLDING)
 
 
 def check_solver(denoiser: nn.Module, sampler: Sampler, process: Process) -> None:

@@ -222,6 +222,21 @@ class Process:
         abar = self._on("alphas", self.alphas_cumprod, t.device)[t.long()]
         return ((abar / (1 - abar)).log() / 2).clamp(-_FAR, _FAR)
 
+    def held_clock(self, t: Tensor, following: float) -> Tensor:
+        """Where on the axis an x_0 is that, held from `t` [B] to `following`, does what one does that moves evenly.
+
+        In a solution x_0 counts by the growth of the ratio of signal to noise (Lu et al. 2022, DPM-Solver++, equation
+        8), so that is the mean of the axis by these weights.
+        """
+        then = torch.full_like(t, following)
+        if self.is_flow:
+            high, low = -self.clock(t).double(), -self.clock(then).double().clamp(max=0)
+            ratio = (high / low.clamp(min=1e-9)).clamp(min=1 + 1e-6)
+            return (-high * ratio.log() / (ratio - 1)).float()
+        now = self.clock(t).double()
+        gap = (self.clock(then).double() - now).clamp(min=1e-6)
+        return (now + gap / -torch.expm1(-gap) - 1).float()
+
     def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
         """Timesteps [batch], uniform over the training grid, on the generator's device."""
         index = torch.randint(0, self.timesteps, (batch,), generator=generator, device=generator.device)

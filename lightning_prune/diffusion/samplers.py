@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.diffusion.conditions import Condition, move, stack
-from lightning_prune.diffusion.gated import check_solver
+from lightning_prune.diffusion.gated import begin
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.models.base import guide_every_channel
 from lightning_prune.diffusion.process import Process
@@ -107,7 +107,7 @@ def sample_images(
     Raises:
         InputError: gates for another solver or number of network calls.
     """
-    check_solver(denoiser, sampler, process)
+    begin(denoiser, sampler, process)
     device = next(denoiser.parameters()).device
     calls = sampler.calls(process)
     was_training = denoiser.training

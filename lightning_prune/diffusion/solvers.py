@@ -41,6 +41,9 @@ _SCHEDULERS: dict[str, SamplerName] = {
     "FlowMatchEulerDiscreteScheduler": "flow-euler",
 }
 
+# Solvers of first order, which hold x_0 over a step.
+HOLDING: tuple[SamplerName, ...] = ("ddim", "euler", "flow-euler")
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -92,6 +95,11 @@ def describe_scheduler(scheduler: Any) -> str:
     if name not in _SCHEDULERS or scheduler.config.get("algorithm_type", "dpmsolver++") != "dpmsolver++":
         return name
     return Sampler(_SCHEDULERS[name], spacing=scheduler.config.get("timestep_spacing", "trailing")).describe()
+
+
+def holds(scheduler: Any) -> bool:
+    """Whether a pipeline's scheduler is of first order, and holds x_0 over a step."""
+    return _SCHEDULERS.get(type(scheduler).__name__) in HOLDING
 
 
 def usual_solver(process: Process) -> SamplerName:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_prune.blocks import CacheMode, Reuse
 from lightning_prune.diffusion.conditions import Condition
-from lightning_prune.diffusion.gated import SkippedStep
+from lightning_prune.diffusion.gated import SkippedStep, tell
 from lightning_prune.diffusion.gating import install, sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
@@ -18,7 +18,7 @@ from lightning_prune.diffusion.recall import blended, flatten, unflatten
 from lightning_prune.diffusion.samplers import guided, trajectory
 from lightning_prune.diffusion.solvers import Sampler
 
-Gates = tuple[Tensor, Tensor]  # of blocks [..., N] and of the whole step [...]
+Gates = tuple[Tensor, Tensor, Tensor]  # of blocks [..., N], of the whole step [...], and whether the next runs [...]
 
 
 class Unroll:
@@ -55,6 +55,7 @@ class Unroll:
         self.gating.checkpoint = checkpoint_blocks
         self.process, self.sampler, self.checkpoint_steps = process, sampler, checkpoint_steps
         self.skipped_step = SkippedStep(process, reuse)
+        tell(self.skipped_step, sampler, process)
         outputs = self.graph.names if self.graph.independent else self.graph.outputs
         self._outputs = [self.graph.names.index(name) for name in outputs]
 
@@ -84,24 +85,36 @@ class Unroll:
             nonlocal index
             index = step
 
+        def goes_on(step: int) -> Tensor:
+            """Whether the step after this one runs anything; after the last nothing is skipped.
+
+            Without a gradient: a gate is worth what its own step gives.
+            """
+            after = step + 1
+            found = whole[after] * self._any(run[after]) if after < len(run) else torch.ones_like(whole[step])
+            return found.detach()
+
         def predict(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
             nonlocal state
-            prediction, state = self._step(x.to(weight.dtype), t, cond, (run[index], whole[index]), state)
+            gates = run[index], whole[index], goes_on(index)
+            prediction, state = self._step(x.to(weight.dtype), t, cond, gates, state, index)
             return prediction.to(x.dtype)
 
         family = self.denoiser
         both = guided(predict, family.null_condition, self.sampler.guidance, family.guide)
         return trajectory(both, self.process, noise, cond, self.sampler, enter)
 
-    def _step(self, x: Tensor, t: Tensor, cond: Condition, gates: Gates, state: Any) -> tuple[Tensor, Any]:
+    def _step(self, x: Tensor, t: Tensor, cond: Condition, gates: Gates, state: Any, step: int) -> tuple[Tensor, Any]:
         """One network call; `state` is what blocks stored and what a wholly skipped step would reuse."""
         tensors: list[Tensor] = []
         spec = flatten(state, tensors)
         after: Any = None
 
-        def call(x: Tensor, t: Tensor, row: Tensor, whole: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def call(x: Tensor, t: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             nonlocal after
-            prediction, following = self._blended(x, t, cond, (row, whole), unflatten(spec, tensors))
+            row, whole, goes_on, *stored = inputs
+            given = unflatten(spec, tuple(stored))
+            prediction, following = self._blended(x, t, cond, (row, whole, goes_on), given, step)
             found = [prediction]
             after = flatten(following, found)
             return tuple(found)
@@ -116,7 +129,9 @@ class Unroll:
             found = call(x, t, *gates, *tensors)
         return found[0], unflatten(after, found)
 
-    def _blended(self, x: Tensor, t: Tensor, cond: Condition, gates: Gates, state: Any) -> tuple[Tensor, Any]:
+    def _blended(
+        self, x: Tensor, t: Tensor, cond: Condition, gates: Gates, state: Any, step: int
+    ) -> tuple[Tensor, Any]:
         slots, memory = state
         skipped, clock = self.skipped_step, self.skipped_step.clock(t)
         if memory is None:
@@ -124,13 +139,16 @@ class Unroll:
                 lambda: self.denoiser(x, t, cond), self.graph.full(), list(slots), clock
             )
             return prediction, (following, skipped.remember(None, prediction, x, t))
-        row, whole = gates
+        row, whole, goes_on = gates
         prediction, following = self.gating.step(
             lambda: self.denoiser(x, t, cond), self._inside(row), list(slots), clock, whole
         )
         runs = whole * self._any(row)
-        mixed = blended(runs, prediction, skipped.predict(memory, x, t))
-        return mixed, (following, skipped.remember(memory, prediction, x, t, runs))
+        after = skipped.remember(memory, prediction, x, t, runs)
+        if skipped.holds:  # before a skipped step the line begins already
+            line = skipped.predict(skipped.remember(memory, prediction, x, t), x, t, step)
+            prediction = blended(goes_on, prediction, line)
+        return blended(runs, prediction, skipped.predict(memory, x, t, step)), (following, after)
 
     def _any(self, row: Tensor) -> Tensor:
         """Whether any block runs [...], 0 or 1 in value."""

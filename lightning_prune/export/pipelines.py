@@ -17,7 +17,7 @@ from lightning_prune.diffusion.gated import GatedPaths, SkippedStep
 from lightning_prune.diffusion.gating import install, remove
 from lightning_prune.diffusion.models import families
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.solvers import describe_scheduler
+from lightning_prune.diffusion.solvers import describe_scheduler, holds
 from lightning_prune.export.gates import read_gates
 from lightning_prune.protocols import InputError
 
@@ -33,7 +33,7 @@ class GatedPipelineNetwork(GatedPaths):
     it is called at has to be the scheduler's timestep of that step.
     """
 
-    _suited: Callable[[], Any]  # the timesteps of the pipeline's scheduler as it is now, if the schedule is for it
+    _suited: Callable[[], Any]  # the pipeline's scheduler as it is now, if the schedule is for it
     _timesteps: Any
     _visited: list[float]
     _calls_a_step: int
@@ -45,20 +45,20 @@ class GatedPipelineNetwork(GatedPaths):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x, t = _sample_and_timestep(args, kwargs)
         step, turn = self._next_call(float(t[0]))
-        row = self.schedule.rows[step]
-        if not any(row):
-            prediction = self._skipped_step.predict(self._memory[turn], x, t)
-            return _with_prediction(self._last[turn], prediction)
-        output = self.run(row, turn, self._skipped_step.clock(t), *args, **kwargs)
-        # What a network says of its variance, in further channels, stays as it is.
-        prediction = output[0][:, : x.shape[1]]
-        self._memory[turn] = self._skipped_step.remember(self._memory.get(turn), prediction, x, t)
-        self._last[turn] = output
-        return output
+        row, skipped = self.schedule.rows[step], self._skipped_step
+        if any(row):
+            self._last[turn] = self.run(row, turn, skipped.clock(t), *args, **kwargs)
+            # What a network says of its variance, in further channels, stays as it is.
+            prediction = self._last[turn][0][:, : x.shape[1]]
+            self._memory[turn] = skipped.remember(self._memory.get(turn), prediction, x, t)
+        if not self.on_line(step):
+            return self._last[turn]
+        return _with_prediction(self._last[turn], skipped.predict(self._memory[turn], x, t, step))
 
     def _next_call(self, timestep: float) -> tuple[int, int]:
         """Step and turn of this call."""
-        timesteps = self._suited()
+        scheduler = self._suited()
+        timesteps = scheduler.timesteps
         if timesteps is not self._timesteps or self._count == self._calls_a_step * self.schedule.steps:
             if len(timesteps) != self.schedule.steps:
                 raise InputError(
@@ -66,6 +66,7 @@ class GatedPipelineNetwork(GatedPaths):
                     f"not {len(timesteps)}"
                 )
             self._timesteps, self._visited, self._count = timesteps, timesteps.tolist(), 0
+            self._skipped_step.visits(self._visited, holds(scheduler))
             self._last.clear()
             self.forget()
         step, turn = divmod(self._count, self._calls_a_step)
@@ -107,7 +108,7 @@ def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_t
     def suited() -> Any:
         scheduler: Any = getattr(held(), "scheduler", None)
         _check_scheduler(Path(file), found.scheduler, scheduler, any_solver=remap_to is not None)
-        return scheduler.timesteps
+        return scheduler
 
     suited()
     if remap_to is not None and found.costs is None:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UNet2DModel
 
 from lightning_prune.blocks import GateSchedule
-from lightning_prune.diffusion.gated import gated
+from lightning_prune.diffusion.gated import begin, gated
 from lightning_prune.diffusion.models.unet2d import UNet2D
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import integrate
@@ -67,6 +67,7 @@ def test_a_pipeline_under_gates_gives_what_the_denoiser_gives(prediction: Any, r
     file = write(denoiser, tmp_path, GATES, process, reuse)
     before = draw(pipe)
     pruned: Any = gated(denoiser, GateSchedule.of(denoiser.blocks("coarse"), "output", GATES, reuse), process)
+    begin(pruned, SAMPLER, process)
     noise = torch.randn((2, 1, 32, 32), generator=torch.Generator().manual_seed(3))
     ours = integrate(pruned, process, noise, torch.zeros(2), SAMPLER, lambda index: pruned.at_step(index, 4))
     enable_gates(pipe, file)

@@ -356,6 +356,8 @@ def test_damaged_gates_name_the_file(change: Any, message: str, tmp_path: Path) 
         ({"temperature": 0.0}, "temperature"),
         ({"noises": 0}, "noises"),
         ({"collapse_weight": -1.0}, "collapse_weight"),
+        ({"teacher_steps": 3}, "teacher_steps: 3 is less than the sampler's own 4"),
+        ({"teacher_steps": 2000}, "teacher_steps: .*2000 sampling steps, but the process has 1000"),
         ({"collapse_weight": math.nan}, "collapse_weight: nan"),
         ({"temperature": math.nan}, "temperature: nan"),
         ({"cost_weight": -5.0}, "cost_weight: -5"),
@@ -532,6 +534,13 @@ def test_plms_that_visits_a_timestep_twice_is_searched_by_its_calls(tmp_path: Pa
     assert len(result.denoiser.schedule.rows) == 5  # type: ignore[arg-type]
     images = module.sample_images(torch.arange(2), torch.arange(2), Sampler("plms", 4))
     assert torch.isfinite(images).all()
+
+
+def test_a_teacher_of_more_steps_draws_what_is_compared_with() -> None:
+    module, ids = tiny_dipgo(teacher_steps=9), torch.arange(2)
+    wanted = sample_images(module.denoiser, PROCESS, ids, ids, Sampler(steps=9), module._noise_seed)
+    assert torch.equal(module.teacher.images(ids, ids, ids), wanted)
+    assert not torch.equal(wanted, tiny_dipgo().teacher.images(ids, ids, ids))
 
 
 # What a checkpoint, a budget and a sampler are of

@@ -81,6 +81,8 @@ class DiPGO(PruningModule):
             alone, to 1.2 of the largest.
         temperature: of the gates that "budgeted" draws; lower is closer to hard thresholds.
         loss: consistency of samples: "mse", "l1", "ssim" or "ssim+l1", on what the sampler gives.
+        teacher_steps: steps in which the dense samples that others are compared with are drawn; null is the sampler's
+            own. More of them leave less of its error in what is searched for.
         decode: whether the loss is of the pictures that the data's decoder makes of latents, as published.
         collapse_weight: weight of the expected share of steps skipped as a whole.
         whole_steps: whether the result may skip whole steps.
@@ -122,6 +124,7 @@ class DiPGO(PruningModule):
         budget_range: tuple[float, float] | None = None,
         temperature: float = 1.0,
         loss: ConsistencyLoss = "mse",
+        teacher_steps: int | None = None,
         decode: bool = False,
         collapse_weight: float = 0.0,
         whole_steps: bool = True,
@@ -160,6 +163,7 @@ class DiPGO(PruningModule):
         numbers = {"temperature": temperature, "collapse_weight": collapse_weight, "cost_weight": cost_weight}
         _check_numbers(numbers | {"cost_floor": cost_floor, "refine": refine}, positive=("temperature",))
         self.predict_sampler = sampler
+        self.taught_by = sampler if teacher_steps is None else _in_steps(sampler, process, teacher_steps)
         self.compare = controls(compare, sampler, process, reuse)
         least = 1 / sampler.calls(process)  # the first step runs in full
         usual = (max(least, min(self.budgets) * 2 / 3), min(1.0, max(self.budgets) * 1.2))
@@ -254,7 +258,7 @@ class DiPGO(PruningModule):
         return torch.tensor(self.schedules()[budget_name(self.budget)].rows, dtype=torch.float32, device=self.device)
 
     def _dense_images(self, noise_ids: Tensor, cond: Condition) -> Tensor:
-        return sample_images(self.denoiser, self.process, noise_ids, cond, self.problem.sampler, self._noise_seed)
+        return sample_images(self.denoiser, self.process, noise_ids, cond, self.taught_by, self._noise_seed)
 
     def train(self, mode: bool = True) -> DiPGO:
         """The denoiser stays in evaluation mode."""
@@ -389,7 +393,7 @@ class DiPGO(PruningModule):
         problem, sampler = self.problem, self.problem.sampler
         scheduler = solver_config(sampler, self.process)
         denoiser = fingerprint(self.denoiser, scheduler, problem.steps, sampler.guidance)
-        own = (problem.graph.granularity, problem.mode, problem.reuse, sampler.guidance, self.noises, self._noise_seed)
+        own = (problem.graph.granularity, problem.mode, problem.reuse, self.taught_by, self.noises, self._noise_seed)
         return " ".join(map(str, (denoiser, *own)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -529,6 +533,17 @@ def _check(
         raise InputError(f"model.budget_range: {low:g} to {high:g} is no range of fractions in (0, 1]")
     if noises is not None and noises < 1:
         raise InputError(f"model.noises: {noises} is not positive")
+
+
+def _in_steps(sampler: Sampler, process: Process, steps: int) -> Sampler:
+    if steps < sampler.steps:
+        raise InputError(f"model.teacher_steps: {steps} is less than the sampler's own {sampler.steps}")
+    found = replace(sampler, steps=steps, timesteps=None)
+    try:
+        found.calls(process)
+    except InputError as error:
+        raise InputError(f"model.teacher_steps: {error}") from error
+    return found
 
 
 def _check_numbers(numbers: Mapping[str, float], positive: tuple[str, ...]) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -81,9 +80,8 @@ def jobs() -> Iterator[Job]:
     for variant, (config, options) in EXTENSION.items():
         yield _other(variant, config, options, 0.2)
     for network, budget in (("fashion_unet", 0.35), ("fashion_dit", 0.2)):
-        config = f"dipgo/{network}.yaml"
-        found = _other("dipgo-teacher-of-more-steps", config, (f"--model.teacher_steps={5 * STEPS[network]}",), budget)
-        yield replace(found, name=found.name.replace("fashion_dit", network), network=network)
+        options = (f"--model.teacher_steps={5 * STEPS[network]}",)
+        yield _other("dipgo-teacher-of-more-steps", f"dipgo/{network}.yaml", options, budget, network)
     yield _other("dipgo-parts-of-steps", *EXTENSION["dipgo-parts-of-steps"], 0.1)
     for budget in (0.35, 0.5):
         yield _on_dpm(budget)
@@ -132,12 +130,12 @@ def _rule(network: str, rule: str, budget: float, tier: str = "core", on_dpm: bo
     )
 
 
-def _other(variant: str, config: str, options: tuple[str, ...], budget: float) -> Job:
+def _other(variant: str, config: str, options: tuple[str, ...], budget: float, network: str = "fashion_dit") -> Job:
     row = "dipgo" if config.startswith("dipgo") else Path(config).stem
     row = {"greedy-gates": "greedy", "genetic-gates": "genetic"}.get(row, row)
     return Job(
-        name=f"fashion_dit-{variant}-{budget:g}-0",
-        network="fashion_dit",
+        name=f"{network}-{variant}-{budget:g}-0",
+        network=network,
         rows={f"{row} {budget:g}": variant},
         target=f"{budget:g}",
         seed=0,

@@ -40,7 +40,6 @@ from lightning_prune.sharding import (
 from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
 Batch = Mapping[str, Any]
-_STEPS_BETWEEN_CHECKS = 50
 LrSchedule = Literal["constant", "cosine", "linear"]
 
 
@@ -76,6 +75,8 @@ class PruningModule(pl.LightningModule):
     """What the method needs its network in one piece for; None if processes may share it (FSDP2, DeepSpeed)."""
     takes_half: ClassVar[bool] = False
     """Whether it trains and evaluates on a network of half precision; all sample from one."""
+    steps_between_checks: ClassVar[int] = 50
+    """How often the loss is seen to be finite: reading it waits for the device."""
 
     def __init__(
         self,
@@ -150,8 +151,7 @@ class PruningModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         index = self.trainer.fit_loop.epoch_loop.total_batch_idx
         loss, values = self.loss(batch, self.step_generator(0, index))
-        # Reading the loss waits for the device, so it is not done at every step.
-        if index % _STEPS_BETWEEN_CHECKS == 0 and not torch.isfinite(loss):
+        if index % self.steps_between_checks == 0 and not torch.isfinite(loss):
             raise InputError(f"loss is {loss.item()} at step {self.global_step}; lower the learning rate")
         self.log("loss", loss, prog_bar=True)
         self.log_dict(values)

@@ -74,9 +74,9 @@ def controls(
     """
     if asked is None:
         usual: tuple[Control, ...] = (*_USUAL, "whole-steps") if reuse == "linear" else _USUAL
-        # A search under DPM-Solver++ has those rows already.
-        own = "" if sampler.name != "dpm-solver++" else sampler.name
-        return [name for name in usual if not (own and name.startswith(own)) and not _lacking(name, sampler, process)]
+        if sampler.name == "dpm-solver++":  # whose own controls are these already
+            usual = tuple(name for name in usual if not name.startswith("dpm-solver++"))
+        return [name for name in usual if _lacking(name, sampler, process) is None]
     for name in asked:
         if reason := _lacking(name, sampler, process):
             raise InputError(f"model.compare: {name}: {reason}")

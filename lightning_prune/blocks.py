@@ -200,6 +200,11 @@ class GateSchedule:
         """Steps in which anything runs."""
         return [step for step, row in enumerate(self.rows) if any(row)]
 
+    def read_blocks(self) -> Row:
+        """Which blocks a step leaves out while others run [N]: what they gave is read."""
+        running = [row for row in self.rows if any(row)]
+        return tuple(not all(runs) for runs in zip(*running, strict=True))
+
     def skips_only_whole_steps(self) -> bool:
         """Whether every step runs in full or not at all: a plain sampler with fewer steps, in other words."""
         return all(all(row) or not any(row) for row in self.rows)

@@ -114,6 +114,7 @@ class GatedPaths(nn.Module):
     def take(self, schedule: GateSchedule, gating: Gating, skipped_step: SkippedStep) -> None:
         """Run `schedule` from now on."""
         self.schedule, self._gating, self._skipped_step = schedule, gating, skipped_step
+        gating.read = schedule.read_blocks()
         self._paths = _Compiled()
         self.forget()
 

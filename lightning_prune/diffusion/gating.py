@@ -27,6 +27,7 @@ class Gating:
 
     Attributes:
         reuse: what skipped parts give; see `recall`.
+        read: blocks whose values a later step reads, which no others store; None stores all.
         keep: None computes everything and stores nothing. A row of bools computes those blocks and no others. A
             tensor [N] or [B, N] computes everything and blends it with what is stored, gates 1 taking the fresh
             value; a batch of several times B, as guidance makes, repeats it.
@@ -38,6 +39,7 @@ class Gating:
 
     def __init__(self, blocks: int, reuse: Reuse = "last") -> None:
         self.reuse: Reuse = reuse
+        self.read: Row | None = None
         self.keep: Row | Tensor | None = None
         self.commit: Tensor | None = None
         self.clock = torch.zeros(())
@@ -77,9 +79,13 @@ class GatedPart(nn.Module):
         else:
             output = super().forward(*args, **kwargs)
         self._returns_tuple = isinstance(output, tuple)
-        if keep is None or not self._last:
+        if keep is None or not self._last or not self._is_read():
             return output
         return self._computed(output, _hidden(args, kwargs), keep)
+
+    def _is_read(self) -> bool:
+        read = self._gating.read
+        return read is None or read[self._block]
 
     def _skipped(self, hidden: Tensor) -> Value:
         if not self._last:

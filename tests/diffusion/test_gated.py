@@ -192,6 +192,23 @@ def test_skipping_the_last_block_runs_nothing_and_repeats_the_prediction() -> No
     assert torch.equal(pruned(x[1], t - 500, LABELS), first)
 
 
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+@pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)
+def test_only_what_a_later_step_reads_is_stored(make: Any, granularity: str, mode: Any, reuse: Any) -> None:
+    dense = make()
+    names = dense.blocks(granularity).names
+    full, nothing = (True,) * len(names), (False,) * len(names)
+    partial = next(rows for rows in schedule(dense, granularity, mode, 0.7).rows[1:] if any(rows) and not all(rows))
+    for rows in ((full, nothing, full, nothing, full), (full, full, partial, full, nothing)):
+        pruned: Any = gated(dense, GateSchedule(granularity, mode, names, rows, reuse), PROCESS)
+        image = draw(pruned)
+        stored = {name for name, slot in zip(names, pruned._slots[0], strict=True) if slot is not None}
+        assert stored == {name for name, runs in zip(names, partial, strict=True) if not runs and partial in rows}
+        pruned._gating.read = full
+        assert torch.equal(draw(pruned), image)
+        assert all(slot is not None for slot in pruned._slots[0])
+
+
 def test_only_what_the_closure_says_computes() -> None:
     dense = tiny_unet()
     graph = dense.blocks("fine")

@@ -14,7 +14,7 @@ if [ $$status -eq 5 ]; then echo "There are no $(1) tests yet; nothing was check
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install fit test slow parity cluster-test deepspeed-test gpu-test torture lint clean
+.PHONY: help install fit test distributed-test slow parity cluster-test deepspeed-test gpu-test torture lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 16
@@ -35,6 +35,9 @@ fit: $(STAMP) ## train configs/quickstart.yaml; ARGS="--trainer.max_steps 10" ch
 # Two processes share the files of tests; ARGS="-n 0" runs them in one, which a debugger needs.
 test: $(STAMP) ## the tests that need nothing but a CPU; ARGS="-k name" selects
 	@$(PYTEST) --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20 $(ARGS)
+
+distributed-test: $(STAMP) ## two processes on this machine's CPU against one
+	$(call suite,distributed,tests/distributed)
 
 slow: $(STAMP) ## the tests that take minutes each
 	$(call suite,slow,tests)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+pytestmark = pytest.mark.distributed
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "dipgo_dit.yaml"
 
 

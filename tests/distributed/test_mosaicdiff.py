@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.distributed import test_two_processes as two
+
+pytestmark = pytest.mark.distributed
 
 
 def test_two_processes_sum_their_statistics(tmp_path: Path) -> None:

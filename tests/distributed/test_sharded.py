@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.smoke import INVARIANT, RAMP, checkpoint, close, fit, metrics
 
+pytestmark = pytest.mark.distributed
 REPORT = {
     "class_path": "lightning_prune.callbacks.EfficiencyReport",
     "init_args": {"samples": 120, "steps": 1, "protocol": "smoke", "timed_images": 2, "timed_repeats": 1},

@@ -17,6 +17,7 @@ from lightning_prune.protocols import Sparsity
 from lightning_prune.pruning.nm import nm_mask, violations
 from tests.factories import DIT_CONFIG
 
+pytestmark = pytest.mark.distributed
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "sparsedm_dit.yaml"
 
 

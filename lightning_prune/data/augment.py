@@ -42,30 +42,38 @@ class Draw:
 class ImageTransform:
     """A picture of any size and mode to uint8 [channels, size, size].
 
-    The shorter side is resized to `size` (bicubic, antialiased), the longer one cropped. A picture that already has
-    the size is untouched to the last bit. Transparent pictures are laid on white; orientation tags are followed.
+    With `cut` that box is taken first. The shorter side is resized to `size` (bicubic, antialiased), the longer one
+    cropped. A picture that already has the size is untouched to the last bit. Transparent pictures are laid on
+    white; orientation tags are followed.
 
     Args:
         size: height and width in pixels.
         channels: 3 for colour, 1 for grey.
         crop: which part of the longer side is kept while training; the centre otherwise.
         flip: mirror half of the pictures while training.
+        cut: left, top, right and bottom of the only part that is looked at, in pixels of the picture.
+
+    Raises:
+        InputError: a size that is not positive, other channels, a box without an inside.
     """
 
     size: int
     channels: int = 3
     crop: Crop = "center"
     flip: bool = False
+    cut: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise InputError(f"data.size: {self.size} is not positive")
         if self.channels not in _MODES:
             raise InputError(f"data.channels: {self.channels}, expected 1 (grey) or 3 (colour)")
+        if self.cut is not None and not (0 <= self.cut[0] < self.cut[2] and 0 <= self.cut[1] < self.cut[3]):
+            raise InputError(f"data.cut: {list(self.cut)}, expected left, top, right and bottom of a box in pixels")
 
     def __call__(self, picture: Image.Image, draw: Draw | None = None) -> Tensor:
         """uint8 [channels, size, size]; without a draw the centre of the picture, not mirrored."""
-        picture = self._resized(self._flat(ImageOps.exif_transpose(picture)))
+        picture = self._resized(self._flat(self._cut(ImageOps.exif_transpose(picture))))
         left, top = (picture.width - self.size) // 2, (picture.height - self.size) // 2
         if draw is not None and self.crop == "random":
             left = int(draw.across * (picture.width - self.size + 1))
@@ -74,6 +82,13 @@ class ImageTransform:
         if draw is not None and self.flip and draw.mirrored:
             pixels = pixels[:, ::-1]
         return torch.from_numpy(np.ascontiguousarray(pixels)).view(self.size, self.size, -1).permute(2, 0, 1)
+
+    def _cut(self, picture: Image.Image) -> Image.Image:
+        if self.cut is None:
+            return picture
+        if picture.width < self.cut[2] or picture.height < self.cut[3]:
+            raise ValueError(f"{picture.width} x {picture.height} pixels do not hold the box of data.cut {self.cut}")
+        return picture.crop(self.cut)
 
     def _flat(self, picture: Image.Image) -> Image.Image:
         """The picture in the mode of its channels, without transparency."""

@@ -31,6 +31,7 @@ class PictureData(DataModule):
         channels: 3 for colour, 1 for grey.
         crop: what is kept of the longer side while training: "center" or "random".
         flip: mirror half of the pictures while training.
+        cut: left, top, right and bottom of the only part of every picture that is looked at, in pixels; null for all.
         kept: share of the pictures kept from training where no evaluation part is given, in (0, 1).
         reference: where the pictures that distances compare with come from: "train" or "evaluation".
         on_damage: "stop" ends a run at a picture that cannot be decoded; "skip" lets another stand in, counts it, and
@@ -49,6 +50,7 @@ class PictureData(DataModule):
         channels: int = 3,
         crop: Crop = "center",
         flip: bool = False,
+        cut: tuple[int, int, int, int] | None = None,
         kept: float = 0.1,
         reference: ReferenceFrom = "train",
         on_damage: OnDamage = "stop",
@@ -58,7 +60,7 @@ class PictureData(DataModule):
         super().__init__(**kwargs)
         if not 0 < kept < 1:
             raise InputError(f"data.kept: {kept} is not in (0, 1)")
-        self.transform = ImageTransform(size, channels, crop, flip)
+        self.transform = ImageTransform(size, channels, crop, flip, cut)
         self.kept, self.reference_from, self.on_damage, self.verify = kept, reference, on_damage, verify
         self._found: tuple[Pictures, Pictures | None] | None = None
 

@@ -108,6 +108,19 @@ def test_pictures_of_any_mode_have_one_shape(mode: str, channels: int) -> None:
     assert pixels.dtype == torch.uint8
 
 
+def test_a_box_is_cut_out_first() -> None:
+    rows, columns = np.mgrid[0:20, 0:30].astype(np.uint8)
+    picture = Image.fromarray(10 * (rows // 4) + columns // 4)
+    whole = picture.crop((8, 4, 24, 12))
+    for draw in (None, Draw(True, 0.9, 0.9)):
+        found = ImageTransform(8, 1, "random", flip=True, cut=(8, 4, 24, 12))(picture, draw)
+        assert torch.equal(found, ImageTransform(8, 1, "random", flip=True)(whole, draw))
+    with pytest.raises(ValueError, match=r"20 x 10 pixels do not hold"):
+        ImageTransform(8, cut=(0, 0, 8, 11))(Image.new("RGB", (20, 10)))
+    with pytest.raises(InputError, match=r"data.cut: \[4, 0, 4, 8\]"):
+        ImageTransform(8, cut=(4, 0, 4, 8))
+
+
 def test_transparent_pictures_lie_on_white() -> None:
     assert ImageTransform(4)(Image.new("RGBA", (4, 4), (0, 0, 0, 0))).unique().tolist() == [255]
 

@@ -20,7 +20,9 @@ from lightning_prune.cli import main
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
+from lightning_prune.export import set_sparsity
 from lightning_prune.protocols import Sparsity
+from lightning_prune.pruning.masks import effective_state
 from lightning_prune.pruning.nm import to_groups, violations
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -189,6 +191,18 @@ def test_export_of_the_checkpoint_equals_the_artifact(runs: Path, tmp_path: Path
     ours = lightning_prune.load(tmp_path / "out").state_dict()
     theirs = lightning_prune.load(runs / "smoke" / "artifact").state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_switchable_export_is_the_artifact_and_the_dense_weights(runs: Path, tmp_path: Path) -> None:
+    checkpoint, out = runs / "smoke" / "checkpoints" / "last.ckpt", tmp_path / "out"
+    assert main(["export", "--ckpt_path", str(checkpoint), "--format", "switchable", "--output", str(out)]) == 0
+    found, artifact = lightning_prune.load(out), lightning_prune.load(runs / "smoke" / "artifact")
+    ours, theirs = effective_state(found.network), artifact.network.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    set_sparsity(found, None)
+    averaged = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, tensor in effective_state(found.network).items():
+        assert torch.equal(tensor, averaged[f"denoiser.network.{name}"])
 
 
 def test_predict_draws_images(runs: Path) -> None:

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning_prune import methods
 from lightning_prune.cli.checkpoints import check_checkpoint, read_checkpoint
 from lightning_prune.diffusion.routing import StagedDenoiser
-from lightning_prune.export import load, save_artifact
+from lightning_prune.export import load, save_artifact, switchable
 from lightning_prune.export.artifact import read_manifest
 from lightning_prune.export.homogeneous import write_homogeneous
 from lightning_prune.export.packed import write_packed
@@ -41,16 +41,16 @@ def run(args: Sequence[str]) -> int:
 def parse(args: Sequence[str]) -> argparse.Namespace:
     """The options, checked against each other."""
     parser = argparse.ArgumentParser(prog="lightning_prune export", description=__doc__, exit_on_error=False)
-    parser.add_argument("--ckpt_path", type=Path, help="checkpoint to convert")
-    parser.add_argument("--artifact", type=Path, help="artifact to convert, for other formats than dense")
+    parser.add_argument("--ckpt_path", type=Path, help="checkpoint to convert, for formats dense and switchable")
+    parser.add_argument("--artifact", type=Path, help="artifact to convert, for the other two formats")
     parser.add_argument("--config", type=Path, help="config of the run; by default the one in the checkpoint")
     parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
-    formats = ["dense", "semi-structured", "homogeneous"]
+    formats = ["dense", "switchable", "semi-structured", "homogeneous"]
     parser.add_argument("--format", choices=formats, default="dense", help="default dense")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of packed layers")
     parser.add_argument("--device", help="cuda: time every layer on it and pack those that win; default: pack all")
     options = parser.parse_args(list(args))
-    needed = "ckpt_path" if options.format == "dense" else "artifact"
+    needed = "ckpt_path" if options.format in ("dense", "switchable") else "artifact"
     if getattr(options, needed) is None:
         raise InputError(f"--{needed}: needed for --format {options.format}")
     return options
@@ -66,12 +66,15 @@ def _from_checkpoint(options: argparse.Namespace) -> None:
     method = type(module).__name__.lower()
     result = list(module.variants().values())[-1].denoiser
     files = module.artifact_files() if isinstance(module, ArtifactFiles) else {}
-    save_artifact(result, options.output, method, {"sampler": module.process.scheduler_config}, files)
+    details: dict[str, Any] = {"sampler": module.process.scheduler_config}
+    if options.format == "switchable":
+        details[switchable.KEY] = switchable.released(result)
+    save_artifact(result, options.output, method, details, files)
 
 
 def _pack(options: argparse.Namespace) -> None:
     denoiser, manifest = load(options.artifact), read_manifest(options.artifact)
-    if not {"masks"} <= manifest.keys() or "semi_structured" in manifest:
+    if not manifest.get("masks") or "semi_structured" in manifest:
         raise InputError(f"--artifact: {options.artifact}: holds no dense 2:4 layers to pack")
     dtype = getattr(torch, options.dtype)
     chosen = write_packed(denoiser, manifest, options.artifact, options.output, dtype, options.device)

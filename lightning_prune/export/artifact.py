@@ -24,7 +24,7 @@ from lightning_prune.checksums import sha256
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
-from lightning_prune.export import packed, staged
+from lightning_prune.export import packed, staged, switchable
 from lightning_prune.export.gates import GATES, apply_gates
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.masks import effective_state, masked_layers
@@ -143,6 +143,8 @@ def _read(folder: Path, manifest: Mapping[str, Any], gates: str) -> Denoiser:
     if "semi_structured" in manifest:
         return packed.read_packed(families()[name], folder, manifest)
     denoiser: Denoiser = families()[name](weights=str(folder), **arguments)
+    if switchable.KEY in manifest:
+        denoiser = switchable.masked(denoiser, manifest[switchable.KEY])
     if gates in manifest["files"]:
         denoiser = apply_gates(denoiser, folder / gates, Process.from_scheduler(manifest["sampler"]))
     return denoiser

@@ -25,6 +25,7 @@ from lightning_prune.protocols import InputError, PrunableUnit, Sparsity
 from lightning_prune.pruning.nm import nm_mask, to_groups
 from lightning_prune.pruning.shards import full, in_pieces, local, shape
 
+Patterns = Sparsity | None | Mapping[str, Sparsity | None]  # for all layers, or by regular expressions over names
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -65,6 +66,11 @@ class MaskedLayer(nn.Module):
     def mask(self) -> Tensor | None:
         """1 where a weight is kept, in the dtype of the weight; None while dense, and where the weight is in pieces."""
         return self._mask
+
+    @property
+    def follows_weight(self) -> bool:
+        """Whether the magnitudes of the weight are all that masks are derived from."""
+        return self._scores is None and self._scale is None and not self._frozen
 
     @property
     def scale(self) -> Tensor | None:
@@ -222,6 +228,33 @@ def _check_divides(layers: Mapping[str, MaskedLayer], sparsity: Sparsity | None)
         raise InputError(f"sparsity {sparsity}: the input dimension of no masked layer is a multiple of {sparsity.m}")
 
 
+def set_patterns(layers: Mapping[str, MaskedLayer], sparsity: Patterns) -> None:
+    """Change the pattern of all layers, or of those whose name matches a key of a mapping, in place.
+
+    A layer whose input dimension is no multiple of m computes densely while that pattern is in force.
+
+    Raises:
+        InputError: a pattern that divides none of its layers, or a key that is no regular expression or matches no
+            layer; nothing is changed then.
+    """
+    for layer, value in _wanted(layers, sparsity):
+        layer.set_sparsity(_fitting(layer, value))
+
+
+def _wanted(layers: Mapping[str, MaskedLayer], sparsity: Patterns) -> list[tuple[MaskedLayer, Sparsity | None]]:
+    """Layers and what they are to compute under; of several keys that match a layer the last counts."""
+    if not isinstance(sparsity, Mapping):
+        _check_divides(layers, sparsity)
+        return [(layer, sparsity) for layer in layers.values()]
+    _check_patterns("set_sparsity", list(sparsity), list(layers))
+    found: list[tuple[MaskedLayer, Sparsity | None]] = []
+    for pattern, value in sparsity.items():
+        matched = {name: layer for name, layer in layers.items() if re.fullmatch(pattern, name)}
+        _check_divides(matched, value)
+        found += [(layer, value) for layer in matched.values()]
+    return found
+
+
 class MaskSet:
     """All masked layers of a network, by qualified name.
 
@@ -235,37 +268,13 @@ class MaskSet:
         self.layers: dict[str, MaskedLayer] = {unit.name: _convert(network, unit) for unit in units}
         self.set_sparsity(sparsity)
 
-    def set_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
-        """Change the pattern of all layers, or of those whose name matches a key of a mapping, in place.
+    def set_sparsity(self, sparsity: Patterns) -> None:
+        """Change patterns in place; see `set_patterns`."""
+        set_patterns(self.layers, sparsity)
 
-        A layer whose input dimension is no multiple of m computes densely while that pattern is in force.
-
-        Raises:
-            InputError: a pattern that divides none of its layers, or a key that is no regular expression or matches no
-                layer; nothing is changed then.
-        """
-        wanted = self._wanted(sparsity)
-        for layer, value in wanted:
-            layer.set_sparsity(_fitting(layer, value))
-
-    def check_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
+    def check_sparsity(self, sparsity: Patterns) -> None:
         """Raise what `set_sparsity` would, and change nothing."""
-        self._wanted(sparsity)
-
-    def _wanted(
-        self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]
-    ) -> list[tuple[MaskedLayer, Sparsity | None]]:
-        """Layers and what they are to compute under; of several keys that match a layer the last counts."""
-        if not isinstance(sparsity, Mapping):
-            _check_divides(self.layers, sparsity)
-            return [(layer, sparsity) for layer in self.layers.values()]
-        _check_patterns("set_sparsity", list(sparsity), list(self.layers))
-        found: list[tuple[MaskedLayer, Sparsity | None]] = []
-        for pattern, value in sparsity.items():
-            matched = {name: layer for name, layer in self.layers.items() if re.fullmatch(pattern, name)}
-            _check_divides(matched, value)
-            found += [(layer, value) for layer in matched.values()]
-        return found
+        _wanted(self.layers, sparsity)
 
     def refresh(self) -> None:
         """Derive every mask that is not frozen from the current weights; call after weights changed in place."""
@@ -384,13 +393,14 @@ class MaskSet:
                 local(layer.weight.grad).add_(local(layer.weight) * (1 - layer.mask), alpha=strength)
 
 
+def maskable_layers(network: nn.Module) -> dict[str, MaskedLayer]:
+    """Layers of `network` that can compute under a mask, whether or not they do now, by qualified name."""
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, MaskedLayer)}
+
+
 def masked_layers(network: nn.Module) -> dict[str, MaskedLayer]:
     """Layers of `network` that compute under a mask now, by qualified name."""
-    return {
-        name: layer
-        for name, layer in network.named_modules()
-        if isinstance(layer, MaskedLayer) and layer.sparsity is not None
-    }
+    return {name: layer for name, layer in maskable_layers(network).items() if layer.sparsity is not None}
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Further modes of SparseDM: frozen masks, fixed floors, several patterns in one set of weights, run-time switches."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,12 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks import MaskInvariant, SparsityRamp
 from lightning_prune.callbacks.capability import require
-from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.samplers import sample_images
-from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.sparsedm import SparseDM
 from lightning_prune.methods.sparsedm.calibration import Allocation
-from lightning_prune.methods.sparsedm.stepwise import stepwise
-from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError, Sparsity, SparsityControl
-from lightning_prune.pruning.masks import MaskSet, effective_state, select_units
+from lightning_prune.pruning.masks import effective_state
 from lightning_prune.pruning.nm import nm_mask, to_groups
-from tests.factories import fit, tiny_dit, tiny_sparsedm
+from tests.factories import fit, tiny_sparsedm
 from tests.traffic import Traffic
 
 TWO_FOUR = Sparsity(2, 4)
@@ -250,34 +244,6 @@ def test_switching_at_run_time_is_exact() -> None:
     patterns = {name: module.masks.layers[name].sparsity for name in layers}
     assert all((pattern is None) == (".ff." in name) for name, pattern in patterns.items())
     require(module, SparsityControl, MaskInvariant())
-
-
-def test_a_pattern_by_step_is_that_of_each_step_and_costs_what_it_says() -> None:
-    denoiser = tiny_dit()
-    units = select_units(denoiser.anatomy(), None, denoiser.default_dense(), 4)
-    process, cond = Process("cosine", "v"), torch.zeros(2, dtype=torch.long)
-    switched = stepwise(tiny_dit(), units, [(0.0, None), (0.5, TWO_FOUR)])
-    seen: list[str] = []
-
-    def look(index: int) -> None:
-        seen.append(str(next(iter(switched.masks.layers.values())).sparsity))
-
-    def draw(on_step: Any = None) -> torch.Tensor:
-        return sample_images(switched, process, torch.arange(2), cond, Sampler(steps=5), on_step=on_step)
-
-    first = draw(look)
-    assert seen == ["None", "None", "None", "2:4", "2:4"]
-    assert torch.equal(draw(), first), "a second trajectory begins dense again"
-    masked = deepcopy(denoiser)
-    MaskSet(masked.network, units, TWO_FOUR)
-    dense, pruned = (trajectory_cost(network, process, Sampler(steps=1)).macs() for network in (denoiser, masked))
-    assert trajectory_cost(switched, process, Sampler(steps=5)).macs() == 3 * dense + 2 * pruned
-
-
-@pytest.mark.parametrize("starts", [[], [0.1], [0.0, 0.0], [0.0, 1.0]])
-def test_patterns_by_step_begin_at_0_and_rise(starts: list[float]) -> None:
-    with pytest.raises(InputError, match="have to begin at 0 and rise below 1"):
-        stepwise(tiny_dit(), tiny_dit().anatomy(), [(start, None) for start in starts])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
 from lightning_prune.methods.sparsedm.scores import CALIBRATED, MaskScores
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError, Sparsity
-from lightning_prune.pruning.masks import MaskSet
-
-Patterns = Sparsity | None | Mapping[str, Sparsity | None]
+from lightning_prune.pruning.masks import MaskSet, Patterns
 
 
 class Calibrated(PruningModule):

@@ -38,7 +38,7 @@ from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
 from lightning_prune.module import Batch, LrSchedule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
-from lightning_prune.pruning.masks import MaskSet, select_units
+from lightning_prune.pruning.masks import MaskSet, Patterns, select_units
 from lightning_prune.seeds import derive
 from lightning_prune.sharding import ZeRO
 
@@ -355,7 +355,7 @@ class SparseDM(Calibrated):
 
     # SparsityControl
 
-    def set_sparsity(self, sparsity: Sparsity | None | Mapping[str, Sparsity | None]) -> None:
+    def set_sparsity(self, sparsity: Patterns) -> None:
         """Change the pattern of every masked layer, or by regular expressions over names, in place; None is dense.
 
         Where patterns were allocated, the target stands for them, and on the way there no layer gets a sparser one

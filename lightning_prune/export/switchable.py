@@ -1,0 +1,111 @@
+"""Networks whose pattern is chosen while they run: one set of dense weights for several sparsities.
+
+The artefact holds the weights as trained, before any mask, and says which layers are masked and how. Masks follow from
+the weights, so any pattern can be put into force and taken away again without a reload.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.protocols import InputError, Sparsity
+from lightning_prune.pruning.masks import MaskSet, maskable_layers, masked_layers, set_patterns
+
+KEY = "switchable"
+
+
+def set_sparsity(denoiser: Denoiser, sparsity: str | None | Mapping[str, str | None]) -> None:
+    """Change the pattern of a network's masked layers in place; changing it back gives the same bits.
+
+    Args:
+        denoiser: what `load` gave of a switchable artefact.
+        sparsity: "n:m" for all layers, None for dense, or these by regular expressions over names of layers. A layer
+            whose input dimension is no multiple of m computes densely.
+
+    Raises:
+        InputError: a network without masks, no N:M, a pattern that divides no layer, an expression that matches none.
+    """
+    layers = maskable_layers(denoiser.network)
+    if not layers:
+        raise InputError("set_sparsity: no layer can be masked; export the checkpoint with --format switchable")
+    if isinstance(sparsity, Mapping):
+        set_patterns(layers, {name: _parsed(text) for name, text in sparsity.items()})
+    else:
+        set_patterns(layers, _parsed(sparsity))
+
+
+def set_sparsity_by_step(denoiser: Denoiser, patterns: Sequence[tuple[float, str | None]]) -> None:
+    """Let the pattern depend on the step of the sampler from now on, in place; reports charge it for what it does.
+
+    Args:
+        denoiser: what `load` gave of a switchable artefact.
+        patterns: (fraction, pattern) pairs: from that fraction of the network calls on the pattern holds, None being
+            dense. The first fraction is 0, and they rise.
+
+    Raises:
+        InputError: what `set_sparsity` raises; fractions that do not begin at 0, do not rise or leave [0, 1).
+    """
+    starts = [start for start, _ in patterns]
+    if not starts or starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= 1:
+        raise InputError(f"patterns: fractions {starts} have to begin at 0 and rise below 1")
+    for _, pattern in reversed(patterns):  # the first is in force then, and all are known to fit
+        set_sparsity(denoiser, pattern)
+    family: Any = type(denoiser)
+    if not issubclass(family, _ByStep):
+        denoiser.__class__ = type(f"ByStep{family.__name__}", (_ByStep, family), {})
+    assert isinstance(denoiser, _ByStep)
+    denoiser.patterns, denoiser._now = list(patterns), patterns[0][1]
+
+
+class _ByStep(nn.Module):
+    """The class of a denoiser under patterns by step has this in front of its family's."""
+
+    patterns: Sequence[tuple[float, str | None]]
+    _now: str | None
+
+    def phase(self, index: int, calls: int) -> str | None:
+        """The pattern of a call."""
+        return [pattern for start, pattern in self.patterns if index >= start * calls][-1]
+
+    def at_step(self, index: int, calls: int) -> None:
+        """Put the pattern of the coming call into force."""
+        wanted = self.phase(index, calls)
+        if index == 0 or wanted != self._now:
+            set_sparsity(cast(Denoiser, self), wanted)
+            self._now = wanted
+
+
+def released(denoiser: Denoiser) -> dict[str, str]:
+    """Make the masked layers dense in place; the patterns that were in force, by layer.
+
+    Raises:
+        InputError: no masked layer, or masks that do not follow from the weights alone.
+    """
+    layers = masked_layers(denoiser.network)
+    if not layers:
+        raise InputError("--format switchable: no layer is masked")
+    fixed = [name for name, layer in layers.items() if not layer.follows_weight]
+    if fixed:
+        raise InputError(f"--format switchable: the mask of {fixed[0]} does not follow from its weights alone")
+    patterns = {name: str(layer.sparsity) for name, layer in layers.items()}
+    set_patterns(layers, None)
+    return patterns
+
+
+def masked(denoiser: Denoiser, patterns: Mapping[str, str]) -> Denoiser:
+    """Mask the layers of a loaded network, in place, as the artefact says. Raises `InputError` for other layers."""
+    units = {unit.name: unit for unit in denoiser.anatomy()}
+    if unknown := sorted(patterns.keys() - units.keys()):
+        raise InputError(f"{KEY}: {unknown[0]} is no layer of the network")
+    MaskSet(denoiser.network, [units[name] for name in patterns], None)
+    set_sparsity(denoiser, {re.escape(name): pattern for name, pattern in patterns.items()})
+    return denoiser
+
+
+def _parsed(text: str | None) -> Sparsity | None:
+    return None if text is None else Sparsity.parse(text)

@@ -6,8 +6,8 @@
 
 Core: three seeds of the search, the transformer at budgets 0.5, 0.35, 0.2 and 0.1 of the MACs of DDIM-50, the U-Net at
 0.35 of those of DDIM-20, which is what two CPU cores can pay. All samples are drawn from the same noise, so what no
-search has a part in is drawn once; drift is measured with the first seed. Minutes are estimates until a run has said
-better.
+search has a part in is drawn once; drift of searches is measured with the first seed. Minutes are estimates until a
+run has said better.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ SEEDS = (0, 1, 2)
 STEPS = {"fashion_dit": 50, "fashion_unet": 20}
 BUDGETS = (0.2, 0.1, 0.35, 0.5)
 MINUTES = {"fashion_dit": 20.0, "fashion_unet": 15.0}
+MINUTES_DRAWN = 6.0  # of the dense network's images
 MINUTES_OF_PAPER = 75.0  # its thousand steps
 # Rows of the search under that solver, 20 steps of it; their protocol is another, so they stand beside each other.
 ON_DPM = "-on-dpm-solver++"
-# Rows of code before lines were held over steps, and before budgets were not rounded; the card says more.
-EARLIER = ("-first-order", "-rounded")
+# Rows that belong to a search other than the table's: one whose teacher takes as many steps as the sampler, and those
+# of code before lines were held over steps, and before budgets were not rounded; the card says more.
+OTHERS = ("-plain-teacher", "-first-order", "-rounded")
 # Baselines reuse and measure as the table's searches do.
 ALIKE = ("--model.reuse=linear", "--model.loss=ssim+l1")
 # The baselines' configs are of the transformer.
@@ -57,8 +59,8 @@ EXTENSION = {
     "dipgo-block": ("dipgo/fashion_dit_block.yaml", ()),
     "dipgo-output": ("dipgo/fashion_dit_output.yaml", ()),
     "dipgo-paper": ("dipgo/fashion_dit_paper.yaml", ()),
-    "greedy": ("baselines/greedy-gates.yaml", ALIKE),
-    "genetic": ("baselines/genetic-gates.yaml", ALIKE),
+    "greedy": ("baselines/greedy-gates.yaml", (*ALIKE, "--model.teacher_steps=250")),
+    "genetic": ("baselines/genetic-gates.yaml", (*ALIKE, "--model.teacher_steps=250")),
 }
 
 
@@ -68,42 +70,35 @@ def jobs() -> Iterator[Job]:
         for budget in BUDGETS:
             yield _search("fashion_dit", "dipgo/fashion_dit.yaml", budget, seed)
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", 0.35, seed)
-    for rule in ("whole-steps", "uniform-reuse"):
-        for budget in BUDGETS:
-            if (rule, budget) != ("uniform-reuse", 0.1):  # which does not pay for a branch in every step
-                yield _rule("fashion_dit", rule, budget)
-        yield _rule("fashion_unet", rule, 0.35)
-    yield _rule("fashion_dit", "whole-steps", 0.06, "extension")
+    for budget in BUDGETS:
+        yield _without_search("fashion_dit", budget)
+    yield _without_search("fashion_unet", 0.35)
     for budget in (0.2, 0.5):
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", budget, 0, "extension")
+        yield _without_search("fashion_unet", budget, "extension")
     yield _search("fashion_dit", "dipgo/fashion_dit.yaml", 0.06, 0, "extension")
+    yield _without_search("fashion_dit", 0.06, "extension")
     for variant, (config, options) in EXTENSION.items():
         yield _other(variant, config, options, 0.2)
     for network, budget in (("fashion_unet", 0.35), ("fashion_dit", 0.2)):
-        options = (f"--model.teacher_steps={5 * STEPS[network]}",)
-        yield _other("dipgo-teacher-of-more-steps", f"dipgo/{network}.yaml", options, budget, network)
+        yield _other("dipgo-plain-teacher", f"dipgo/{network}.yaml", ("--model.teacher_steps=null",), budget, network)
     yield _other("dipgo-parts-of-steps", *EXTENSION["dipgo-parts-of-steps"], 0.1)
     for budget in (0.35, 0.5):
         yield _on_dpm(budget)
-        yield _rule("fashion_dit", "whole-steps", budget, "extension", on_dpm=True)
+        yield _whole_steps_on_dpm(budget)
 
 
 def _search(network: str, config: str, budget: float, seed: int, tier: str = "core") -> Job:
-    """A search, and at equal cost what depends on it; with the first seed also what does not."""
+    """A search, and at equal cost what depends on it."""
     count = int(budget * STEPS[network] + 1e-9)
     beside = {
         f"ddim {count} steps kept": "ddim-kept-steps",
         f"dpm-solver++ {count} steps kept": "dpm-solver++-kept-steps",
     }
-    if seed == 0:
-        beside |= {f"ddim {count} steps": "ddim-fewer-steps", f"dpm-solver++ {count} steps": "dpm-solver++"}
-        beside |= {f"random-gates {budget:g}": "random-gates"}
-    first = BUDGETS[0] if network == "fashion_dit" else 0.35
-    wanted = {"dense": "dense", **beside} if (seed, budget) == (0, first) else beside
     return Job(
         name=f"{network}-dipgo-{budget:g}-{seed}",
         network=network,
-        rows={**wanted, f"dipgo {budget:g}": "dipgo"},
+        rows={**beside, f"dipgo {budget:g}": "dipgo"},
         target=f"{budget:g}",
         seed=seed,
         config=config,
@@ -113,19 +108,51 @@ def _search(network: str, config: str, budget: float, seed: int, tier: str = "co
     )
 
 
-def _rule(network: str, rule: str, budget: float, tier: str = "core", on_dpm: bool = False) -> Job:
-    """Full steps at equal distances, without blocks between them or with the shallowest branch."""
-    on = ON_UNET if network == "fashion_unet" else DPM if on_dpm else ()
-    variant = f"{rule}{ON_DPM if on_dpm else ''}"
+def _without_search(network: str, budget: float, tier: str = "core") -> Job:
+    """What no search has a part in: plain samplers, random gates, and full steps at equal distances.
+
+    Between these run no blocks or, where the budget pays for it in every step, the shallowest branch.
+    """
+    count = int(budget * STEPS[network] + 1e-9)
+    rules = ["whole-steps", *(["uniform-reuse"] if budget > 0.1 else [])]
+    rows = {f"ddim {count} steps": "ddim-fewer-steps", f"dpm-solver++ {count} steps": "dpm-solver++"}
+    rows |= {f"{rule} {budget:g}": rule for rule in (*rules, "random-gates")}
+    if budget == (BUDGETS[0] if network == "fashion_dit" else 0.35):
+        rows["dense"] = "dense"
+    beside = _scored(row for row in rows if row != "dense")
+    compare = f"--model.compare={json.dumps(['fewer-steps', 'dpm-solver++', *rules])}"
+    on = ON_UNET if network == "fashion_unet" else ()
     return Job(
-        name=f"{network}-{variant.replace('++', '')}-{budget:g}-0",
+        name=f"{network}-without-search-{budget:g}-0",
         network=network,
-        rows={f"{rule} {budget:g}": variant},
+        rows=rows,
         target=f"{budget:g}",
         seed=0,
-        config=f"baselines/{rule}.yaml",
-        options=(f"--model.budget={budget:g}", "--model.compare=[]", *ALIKE, *on, _scored([], drift=False), *UNTIMED),
+        config="baselines/random-gates.yaml",
+        options=(
+            f"--model.budget={budget:g}",
+            compare,
+            *ALIKE,
+            *on,
+            beside,
+            *UNTIMED,
+        ),
         tier=tier,
+        minutes=MINUTES_DRAWN * (1 + (2 + len(rules)) * budget),
+    )
+
+
+def _whole_steps_on_dpm(budget: float) -> Job:
+    variant = f"whole-steps{ON_DPM}"
+    return Job(
+        name=f"fashion_dit-{variant.replace('++', '')}-{budget:g}-0",
+        network="fashion_dit",
+        rows={f"whole-steps {budget:g}": variant},
+        target=f"{budget:g}",
+        seed=0,
+        config="baselines/whole-steps.yaml",
+        options=(f"--model.budget={budget:g}", "--model.compare=[]", *ALIKE, *DPM, _scored([], drift=False), *UNTIMED),
+        tier="extension",
         minutes=1 + 10 * budget,
     )
 
@@ -180,7 +207,7 @@ def markdown(table: Table) -> str:
 
 
 def _line(table: Table, row: Row) -> str:
-    ours = "dipgo" + next((kind for kind in (ON_DPM, *EARLIER) if row["variant"].endswith(kind)), "")
+    ours = "dipgo" + next((kind for kind in (ON_DPM, *OTHERS) if row["variant"].endswith(kind)), "")
     wanted = (row["network"], row["target"], row["seed"], ours)
     learned = [r for r in table.rows if (r["network"], r["target"], r["seed"], r["variant"]) == wanted]
     paired = table.difference(learned[0], row) if learned and learned[0] is not row else None

@@ -45,6 +45,7 @@ class GateRule(DiPGO):
         further_budgets: budgets of further schedules.
         loss: consistency of samples.
         reuse: what skipped blocks and steps give.
+        teacher_steps: steps in which the dense samples are drawn, as in `DiPGO`.
         population: schedules a generation of the genetic search.
         generations: generations of the genetic search.
         compare: rows to report beside the result.
@@ -63,6 +64,7 @@ class GateRule(DiPGO):
         further_budgets: list[float] | None = None,
         loss: ConsistencyLoss = "mse",
         reuse: Reuse = "last",
+        teacher_steps: int | None = None,
         population: int = 16,
         generations: int = 10,
         compare: list[Control] | None = None,
@@ -70,7 +72,8 @@ class GateRule(DiPGO):
     ) -> None:
         super().__init__(
             denoiser, process, sampler, granularity=granularity, cache_mode=cache_mode, budget=budget,
-            further_budgets=further_budgets, loss=loss, reuse=reuse, step_gates=False, compare=compare or [], seed=seed,
+            further_budgets=further_budgets, loss=loss, reuse=reuse, teacher_steps=teacher_steps, step_gates=False,
+            compare=compare or [], seed=seed,
         )  # fmt: skip
         if population < 2 or generations < 1:
             raise InputError(f"model.population: {population} schedules over {generations} generations are no search")

@@ -19,7 +19,7 @@ from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import Predict, guided, in_type, initial_noise, integrate
 from lightning_prune.diffusion.solvers import Sampler, SamplerName, make_solver, usual_solver
-from lightning_prune.export import load
+from lightning_prune.export import load, switchable
 from lightning_prune.export.artifact import MANIFEST, read_manifest
 from lightning_prune.export.packed import sparse_layers
 from lightning_prune.export.semi_structured import accelerate, stored_bytes
@@ -27,6 +27,7 @@ from lightning_prune.metrics.macs import count_denoiser, macs_per_image
 from lightning_prune.metrics.samples import conditions_of
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError, Sparsity, StepAware
+from lightning_prune.pruning.masks import baked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -143,7 +144,8 @@ class Pair:
     @property
     def masks(self) -> dict[str, Sparsity]:
         """Patterns of the layers under a mask, by name."""
-        return {name: Sparsity.parse(text) for name, text in self.manifest.get("masks", {}).items()}
+        patterns = self.manifest.get(switchable.KEY) or self.manifest.get("masks", {})
+        return {name: Sparsity.parse(text) for name, text in patterns.items()}
 
     def process(self) -> Process:
         """The process the artifact samples; a default one, which takes as long, where it records none."""
@@ -193,6 +195,8 @@ def load_pair(folder: Path, against: str | None, subfolder: str | None) -> Pair:
         InputError: either cannot be loaded, no dense network is known, or it makes other images.
     """
     pruned, manifest = load(folder), read_manifest(folder)
+    if switchable.KEY in manifest:  # under the pattern it comes with, whose masks are then not applied in every call
+        pruned = baked(pruned)
     source = against or manifest["base"].get("weights")
     if source is None:
         raise InputError(f"{folder / MANIFEST}: records no base; name the dense network with --against")

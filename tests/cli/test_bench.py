@@ -18,10 +18,11 @@ from lightning_prune.cli.bench_networks import Task, load_pair
 from lightning_prune.diffusion.gated import MadeFor, gated
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.export import save_artifact
+from lightning_prune.export import save_artifact, switchable
 from lightning_prune.export.artifact import MANIFEST
 from lightning_prune.metrics.latency import Timing
 from lightning_prune.protocols import InputError
+from lightning_prune.pruning.masks import masked_layers
 from tests.factories import DIT_CONFIG, tiny_dit, tiny_sparsedm, tiny_unet
 
 TIMES = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}
@@ -129,6 +130,18 @@ def test_macs_are_those_of_the_ledger(artifact: Path) -> None:
     guided = pair.macs(Task(Process(), steps=5, guidance=2.0))
     assert guided["dense_per_image"] == 10 * call["dense_per_image"]
     assert guided["ratio"] == call["ratio"]
+
+
+def test_a_switchable_artifact_is_measured_as_the_other(artifact: Path, base: Path, tmp_path: Path) -> None:
+    module = tiny_sparsedm()
+    module.denoiser.weights = str(base)
+    details = {"sampler": module.process.scheduler_config, switchable.KEY: switchable.released(module.denoiser)}
+    pair = load_pair(save_artifact(module.denoiser, tmp_path / "switchable", "sparsedm", details), None, None)
+    other, task = load_pair(artifact, None, None), Task(Process())
+    assert pair.macs(task) == other.macs(task)
+    state = other.pruned.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in pair.pruned.state_dict().items())
+    assert not masked_layers(pair.pruned), "what is timed multiplies by no mask"
 
 
 def test_a_trajectory(artifact: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks.capability import require
-from lightning_prune.protocols import SparsityControl
+from lightning_prune.protocols import InputError, SparsityControl
 
 
 class MaskInvariant(Callback):
@@ -48,4 +49,6 @@ class MaskInvariant(Callback):
         count = require(pl_module, SparsityControl, self).mask_violations(compare)
         self._total += count
         if count and self.stop:
+            if not all(bool(torch.isfinite(weight).all()) for weight in pl_module.parameters()):
+                raise InputError(f"weights are not finite at step {trainer.global_step}; lower the learning rate")
             raise RuntimeError(f"{count} groups do not hold their sparsity pattern at step {trainer.global_step}")

@@ -32,6 +32,11 @@ class SparsityRamp(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         module = require(pl_module, SparsityControl, self)
+        ramps = [callback for callback in trainer.callbacks if isinstance(callback, SparsityRamp)]  # type: ignore[attr-defined]
+        if len(ramps) > 1:
+            raise InputError(f"trainer.callbacks: {len(ramps)} times SparsityRamp; a run has one")
+        if getattr(pl_module, "one_shot", False):
+            raise InputError("SparsityRamp: with model.one_shot nothing is trained")
         for pattern in self.chain:
             module.check_sparsity(pattern)
         target = getattr(pl_module, "target_sparsity", self.chain[-1])

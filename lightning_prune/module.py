@@ -40,11 +40,16 @@ from lightning_prune.sharding import (
 from lightning_prune.sharding.network import entries, is_sharded, shard, skeleton, whole
 
 Batch = Mapping[str, Any]
-LrSchedule = Literal["constant", "cosine", "linear"]
+LrSchedule = Literal["constant", "constant-from-zero", "cosine", "linear"]
 
 
 def lr_factor(step: int, total: float, warmup: int, schedule: LrSchedule) -> float:
-    """Learning-rate multiplier at `step` (from 0): linear warm-up over `warmup` steps, then the schedule to 0."""
+    """Learning-rate multiplier at `step` (from 0): linear warm-up over `warmup` steps, then the schedule to 0.
+
+    "constant-from-zero" spends the first step at 0, as the code of U-ViT and SparseDM does.
+    """
+    if schedule == "constant-from-zero":
+        return min(1.0, step / max(1, warmup))
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant" or not math.isfinite(total):
@@ -95,6 +100,8 @@ class PruningModule(pl.LightningModule):
             raise InputError(f"model.label_dropout: {label_dropout} is not in [0, 1)")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise InputError(f"model.ema_decay: {ema_decay} is not in (0, 1)")
+        if warmup_steps < 0:
+            raise InputError(f"model.warmup_steps: {warmup_steps} is negative")
         self.denoiser = denoiser
         self.process = process
         # The command line's callable refers to the command line, trainer and all.
@@ -174,10 +181,14 @@ class PruningModule(pl.LightningModule):
         return ids, self.sample_images(ids, move(batch["cond"], "cpu"), self.predict_sampler)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self._optimizer.value([p for p in self.parameters() if p.requires_grad])
+        try:
+            optimizer = self._optimizer.value([p for p in self.parameters() if p.requires_grad])
+        except ValueError as error:
+            raise InputError(f"model.optimizer: {error}") from error
         if isinstance(self.trainer.strategy, ZeRO):
             check_optimizer(optimizer)
-        total = self.trainer.estimated_stepping_batches if self.lr_schedule != "constant" else math.inf
+        constant = self.lr_schedule.startswith("constant")
+        total = math.inf if constant else self.trainer.estimated_stepping_batches
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, total, self.warmup_steps, self.lr_schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -53,6 +53,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     needed = "ckpt_path" if options.format in ("dense", "switchable") else "artifact"
     if getattr(options, needed) is None:
         raise InputError(f"--{needed}: needed for --format {options.format}")
+    other = "artifact" if needed == "ckpt_path" else "ckpt_path"
+    if getattr(options, other) is not None:
+        raise InputError(f"--{other}: --format {options.format} is made from --{needed}")
     return options
 
 

@@ -251,7 +251,11 @@ def first_difference(
 
 
 def load_weights(network: nn.Module, files: list[Path]) -> None:
-    """Load weight files strictly into `network`, naming the file and the first tensor that does not fit."""
+    """Load weight files strictly into `network`, naming the file and the first tensor that does not fit.
+
+    Tensors that match the network's `may_be_missing`, a regular expression, keep their values where the files lack
+    them.
+    """
     if _without_weights.get():
         return
     state: dict[str, Tensor] = {}
@@ -262,6 +266,8 @@ def load_weights(network: nn.Module, files: list[Path]) -> None:
         if difference := first_difference(own, tensors, "network", "file"):
             raise InputError(f"{file}: {difference}")
         state |= tensors
+    if optional := getattr(network, "may_be_missing", None):
+        state |= {name: own for name, own in expected.items() if name not in state and re.fullmatch(optional, name)}
     if difference := first_difference(expected, state, "network", "file" if len(files) == 1 else "shards"):
         raise InputError(f"{files[0]}: {difference}")
     network.load_state_dict(state)

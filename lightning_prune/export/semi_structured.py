@@ -30,7 +30,10 @@ _PACKED, _META = ".packed", ".meta"
 
 def missing(device: torch.device | str) -> str | None:
     """What a device lacks to compute with semi-structured tensors, in words; None if it has all."""
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device: {device!r} is no device: {str(error).splitlines()[0]}") from error
     if device.type != "cuda":
         return f"{device.type} has no semi-structured kernel; a CUDA device has"
     if not torch.cuda.is_available():

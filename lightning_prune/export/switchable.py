@@ -20,7 +20,7 @@ KEY = "switchable"
 
 
 def set_sparsity(denoiser: Denoiser, sparsity: str | None | Mapping[str, str | None]) -> None:
-    """Change the pattern of a network's masked layers in place; changing it back gives the same bits.
+    """Change the pattern of a network's masked layers in place, for every step; going back gives the same bits.
 
     Args:
         denoiser: what `load` gave of a switchable artefact.
@@ -30,13 +30,10 @@ def set_sparsity(denoiser: Denoiser, sparsity: str | None | Mapping[str, str | N
     Raises:
         InputError: a network without masks, no N:M, a pattern that divides no layer, an expression that matches none.
     """
-    layers = maskable_layers(denoiser.network)
-    if not layers:
-        raise InputError("set_sparsity: no layer can be masked; export the checkpoint with --format switchable")
-    if isinstance(sparsity, Mapping):
-        set_patterns(layers, {name: _parsed(text) for name, text in sparsity.items()})
-    else:
-        set_patterns(layers, _parsed(sparsity))
+    _put(denoiser, sparsity)
+    if isinstance(denoiser, _ByStep):
+        denoiser.__class__ = type(denoiser).__bases__[1]
+        del denoiser.patterns, denoiser._now
 
 
 def set_sparsity_by_step(denoiser: Denoiser, patterns: Sequence[tuple[float, str | None]]) -> None:
@@ -56,8 +53,7 @@ def set_sparsity_by_step(denoiser: Denoiser, patterns: Sequence[tuple[float, str
     for _, pattern in reversed(patterns):  # the first is in force then, and all are known to fit
         set_sparsity(denoiser, pattern)
     family: Any = type(denoiser)
-    if not issubclass(family, _ByStep):
-        denoiser.__class__ = type(f"ByStep{family.__name__}", (_ByStep, family), {})
+    denoiser.__class__ = type(f"ByStep{family.__name__}", (_ByStep, family), {})
     assert isinstance(denoiser, _ByStep)
     denoiser.patterns, denoiser._now = list(patterns), patterns[0][1]
 
@@ -76,7 +72,7 @@ class _ByStep(nn.Module):
         """Put the pattern of the coming call into force."""
         wanted = self.phase(index, calls)
         if index == 0 or wanted != self._now:
-            set_sparsity(cast(Denoiser, self), wanted)
+            _put(cast(Denoiser, self), wanted)
             self._now = wanted
 
 
@@ -105,6 +101,16 @@ def masked(denoiser: Denoiser, patterns: Mapping[str, str]) -> Denoiser:
     MaskSet(denoiser.network, [units[name] for name in patterns], None)
     set_sparsity(denoiser, {re.escape(name): pattern for name, pattern in patterns.items()})
     return denoiser
+
+
+def _put(denoiser: Denoiser, sparsity: str | None | Mapping[str, str | None]) -> None:
+    layers = maskable_layers(denoiser.network)
+    if not layers:
+        raise InputError("set_sparsity: no layer can be masked; export the checkpoint with --format switchable")
+    if isinstance(sparsity, Mapping):
+        set_patterns(layers, {name: _parsed(text) for name, text in sparsity.items()})
+    else:
+        set_patterns(layers, _parsed(sparsity))
 
 
 def _parsed(text: str | None) -> Sparsity | None:

@@ -54,12 +54,16 @@ def layer_problem(network: nn.Module, group: WidthGroup, curvature: Curvature, d
 
 
 def column_scale(problem: Layer, weight: Tensor, score: ColumnScore) -> Tensor:
-    """Factors of |W|, one a column, that make it the score [1, I] or [1, I, kh, kw]; float32, mean 1."""
+    """Factors of |W|, one a column, that make it the score [1, I] or [1, I, kh, kw]; float32, mean 1.
+
+    0 where the input is always zero.
+    """
     count = weight[0].numel()
     if score == "wanda":
         scale = problem.hessian.diagonal()[:count].sqrt()
     else:
         scale = problem.inverse().diagonal()[:count].rsqrt()
+    scale = torch.where(problem.dead[:count], 0.0, scale)
     return _from_tap_major((scale / scale.mean())[None], weight).float()
 
 

@@ -93,6 +93,10 @@ class MaskedLayer(nn.Module):
         self._scale = scale
         self.refresh_mask()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh_mask()
+
     def freeze_mask(self) -> None:
         """Keep the present mask for its pattern."""
         if self._sparsity is not None and self._mask is not None:
@@ -160,6 +164,8 @@ class MaskedLayer(nn.Module):
             self.refresh_mask()
             mask = self._mask
         assert mask is not None
+        if mask.dtype != weight.dtype:  # a network turned to half precision keeps the masks it had
+            mask = self._mask = mask.to(weight.dtype)
         return mask
 
 
@@ -224,7 +230,7 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> 
 
 
 def _check_divides(layers: Mapping[str, MaskedLayer], sparsity: Sparsity | None) -> None:
-    if sparsity is not None and all(_fitting(layer, sparsity) is None for layer in layers.values()):
+    if sparsity is not None and all(fitting(layer, sparsity) is None for layer in layers.values()):
         raise InputError(f"sparsity {sparsity}: the input dimension of no masked layer is a multiple of {sparsity.m}")
 
 
@@ -238,7 +244,7 @@ def set_patterns(layers: Mapping[str, MaskedLayer], sparsity: Patterns) -> None:
             layer; nothing is changed then.
     """
     for layer, value in _wanted(layers, sparsity):
-        layer.set_sparsity(_fitting(layer, value))
+        layer.set_sparsity(fitting(layer, value))
 
 
 def _wanted(layers: Mapping[str, MaskedLayer], sparsity: Patterns) -> list[tuple[MaskedLayer, Sparsity | None]]:
@@ -443,7 +449,8 @@ def _convert(network: nn.Module, unit: PrunableUnit) -> MaskedLayer:
     return layer
 
 
-def _fitting(layer: MaskedLayer, sparsity: Sparsity | None) -> Sparsity | None:
+def fitting(layer: MaskedLayer, sparsity: Sparsity | None) -> Sparsity | None:
+    """The pattern, or None where it does not divide the layer's inputs."""
     return None if sparsity is None or shape(layer.weight)[1] % sparsity.m else sparsity
 
 

@@ -20,6 +20,7 @@ All of it is float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,10 +65,12 @@ class Layer:
     Attributes:
         weight: W [m, n], float64; columns whose input is always zero are zero.
         hessian: H [n, n], float64, positive definite.
+        dead: columns whose input is always zero [n].
     """
 
     weight: Tensor
     hessian: Tensor
+    dead: Tensor
 
     @classmethod
     def of(cls, weight: Tensor, hessian: Tensor, damping: float = 1e-3, name: str = "layer") -> Layer:
@@ -76,9 +79,11 @@ class Layer:
         Where the factorisation fails all the same, damping is raised tenfold until it does not, from 1e-2 on.
 
         Raises:
-            InputError: statistics that are not finite, or no input that is ever different from zero.
+            InputError: statistics or damping that are not finite, or no input that is ever different from zero.
         """
         h, w = hessian.double().clone(), weight.double().clone()
+        if not math.isfinite(damping):
+            raise InputError(f"calibration: damping {damping} is not finite")
         if not torch.isfinite(h).all():
             raise InputError(f"calibration: the inputs of {name} are not finite")
         dead = h.diagonal() <= 0
@@ -91,7 +96,7 @@ class Layer:
             damped = h.clone()
             damped.diagonal().add_(damping * mean)
             if int(torch.linalg.cholesky_ex(damped).info) == 0:
-                return cls(w, damped)
+                return cls(w, damped, dead)
             damping = max(10 * damping, _FALLBACK)
 
     def inverse(self) -> Tensor:

@@ -51,6 +51,8 @@ def check_precision(precision: str) -> None:
     Raises:
         InputError: naming what to write instead.
     """
+    if precision == "64-true":
+        raise InputError("trainer.precision: 64-true: data and noise are in float32; write 32-true")
     if precision in ("bf16-true", "16-true"):
         raise InputError(
             f"trainer.precision: {precision} rounds the weights themselves, which masks, averages and statistics are "

@@ -200,6 +200,18 @@ def test_a_public_checkpoint_loads_with_its_config(tmp_path: Path) -> None:
         UViT(weights=str(tmp_path / "nnet_ema.pth"), config={**backbone.config, "img_size": 16})
 
 
+def test_projections_may_get_a_bias_that_a_checkpoint_has_not(tmp_path: Path) -> None:
+    backbone = next(b for b in BACKBONES if b.name == "uvit_classes")
+    torch.save(backbone.network().state_dict(), tmp_path / "plain.pth")
+    plain = UViT(weights=str(tmp_path / "plain.pth"), config=dict(backbone.config)).eval()
+    biased = UViT(weights=str(tmp_path / "plain.pth"), config={**backbone.config, "qkv_bias": True}).eval()
+    added = biased.state_dict().keys() - plain.state_dict().keys()
+    assert added
+    assert all(name.endswith("attn.qkv.bias") and not biased.state_dict()[name].any() for name in added)
+    given = torch.randn(2, *plain.sample_shape), torch.tensor([0, 999]), torch.tensor([1, 2])
+    torch.testing.assert_close(biased(*given), plain(*given))
+
+
 def test_checkpoints_that_count_from_one_are_told_so_and_stay_so(tmp_path: Path) -> None:
     backbone = next(b for b in BACKBONES if b.name == "uvit_classes")
     denoiser = UViT(config=dict(backbone.config), first_timestep=1).eval()

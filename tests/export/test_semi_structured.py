@@ -175,6 +175,31 @@ def test_a_packed_artifact_computes_as_the_masked_network_in_its_type(
     assert (target / FILE).stat().st_size < dense_bytes
 
 
+@pytest.mark.parametrize("winners", [2, 0])
+def test_layers_that_lose_their_measured_pair_stay_dense_and_say_so(
+    winners: int, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wins: list[str] = []
+
+    def timed(denoiser: Any, name: str, *_: Any) -> dict[str, float]:
+        if len(wins) < winners:
+            wins.append(name)
+        return {"dense": 2.0, "semi_structured": 1.0 if name in wins else 2.5}
+
+    monkeypatch.setattr(packed, "_timed", timed)
+    monkeypatch.setattr(packed, "missing", lambda device: None)
+    target = tmp_path / "packed"
+    given = ["--artifact", str(artifact), "--format", "semi-structured", "--device", "cuda"]
+    assert main(["export", *given, "--output", str(target)]) == 0
+    assert "slower than dense in the measured pair" in capsys.readouterr().out
+    found = json.loads((target / "pruning.json").read_text())["semi_structured"]
+    assert found["packed"] == wins
+    assert len(found["dense"]) == 6 - winners
+    x, t, cond = torch.randn(2, 1, 8, 8).bfloat16(), torch.tensor([1, 900]), torch.tensor([0, 3])
+    masked = lightning_prune.load(artifact).to(torch.bfloat16)
+    assert torch.equal(lightning_prune.load(target)(x, t, cond), masked(x, t, cond))
+
+
 @pytest.fixture
 def packed_artifact(artifact: Path, tmp_path: Path) -> Path:
     target = tmp_path / "packed"
@@ -235,6 +260,11 @@ def test_a_semi_structured_tensor_takes_what_it_is_packed_into() -> None:
     [
         (["--format", "semi-structured"], "--artifact: needed for --format semi-structured"),
         ([], "--ckpt_path: needed for --format dense"),
+        (["--ckpt_path", "x.ckpt", "--artifact", "ARTIFACT"], "--artifact: --format dense is made from --ckpt_path"),
+        (
+            ["--format", "semi-structured", "--artifact", "ARTIFACT", "--device", "nope"],
+            "--device: 'nope' is no device",
+        ),
         (["--format", "semi-structured", "--artifact", "ARTIFACT", "--device", "cpu"], "--device: cpu has no"),
     ],
 )

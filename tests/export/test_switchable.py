@@ -19,7 +19,7 @@ from lightning_prune.export import save_artifact, set_sparsity, set_sparsity_by_
 from lightning_prune.export.artifact import MANIFEST
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError, Sparsity
-from lightning_prune.pruning.masks import MaskedLayer
+from lightning_prune.pruning.masks import MaskedLayer, effective_state
 from tests.factories import tiny_dit, tiny_sparsedm
 
 PROCESS = Process(schedule="cosine", prediction="v")
@@ -84,6 +84,29 @@ def test_a_pattern_by_step_is_that_of_each_step_and_costs_what_it_says(tmp_path:
     assert seen[0] == "None"
     dense, pruned = (trajectory_cost(network, PROCESS, Sampler(steps=1)).macs() for network in (tiny_dit(), masked))
     assert trajectory_cost(switched, PROCESS, Sampler(steps=5)).macs() == 3 * dense + 2 * pruned
+
+
+def test_one_pattern_for_every_step_ends_the_patterns_by_step(tmp_path: Path) -> None:
+    denoiser = lightning_prune.load(stored(tmp_path)[0])
+    before = output(denoiser)
+    set_sparsity_by_step(denoiser, [(0.0, None), (0.5, "1:4")])
+    sample_images(denoiser, PROCESS, torch.arange(2), COND, Sampler(steps=4))
+    set_sparsity(denoiser, "2:4")
+    assert type(denoiser).__name__ == "DiT"
+    assert torch.equal(output(denoiser), before)
+    sample_images(denoiser, PROCESS, torch.arange(2), COND, Sampler(steps=4))
+    assert torch.equal(output(denoiser), before)
+
+
+def test_half_precision_keeps_the_masks(tmp_path: Path) -> None:
+    denoiser = lightning_prune.load(stored(tmp_path)[0]).eval()
+    zeros = {name: tensor == 0 for name, tensor in effective_state(denoiser.network).items()}
+    half = denoiser.to(torch.bfloat16)
+    x, t, cond = torch.randn(2, 1, 32, 32).bfloat16(), torch.tensor([1, 500]), torch.tensor([0, 4])
+    assert half(x, t, cond).dtype == torch.bfloat16
+    for name, tensor in effective_state(half.network).items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor == 0, zeros[name]), name
 
 
 @pytest.mark.parametrize("starts", [[], [0.1], [0.0, 0.0], [0.0, 1.0]])

@@ -13,13 +13,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning_prune import load
 from lightning_prune.callbacks import LastCheckpoint, MaskInvariant, SparsityRamp
 from lightning_prune.cli import main
+from lightning_prune.diffusion.process import Process
+from lightning_prune.methods.sparsedm import SparseDM
 from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
 from lightning_prune.methods.sparsedm.distillation import Distillation
 from lightning_prune.metrics.macs import count_denoiser
 from lightning_prune.protocols import InputError, Sparsity
 from lightning_prune.pruning.masks import effective_state
 from lightning_prune.pruning.nm import nm_mask, violations
-from tests.factories import fit, tiny_dit, tiny_sparsedm
+from tests.factories import fit, tiny_dit, tiny_sparsedm, tiny_unet
 
 TWO_FOUR = Sparsity(2, 4)
 SHORT = Calibration(batches=2)
@@ -171,6 +173,25 @@ def test_a_ramp_ends_at_the_allocated_patterns_and_never_below_them(tmp_path: Pa
     assert all(now.density == max(0.75, final[name].density) for name, now in look.patterns[0].items())
 
 
+def test_on_the_way_layers_that_a_stage_does_not_divide_stay_dense(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append({name: layer.sparsity for name, layer in pl_module.masks.layers.items()})
+
+    denoiser = tiny_unet()
+    module = SparseDM(
+        denoiser, Process("cosine", "v"), allocation=Allocation(0.7, sensitivity="second-order"), calibration=SHORT
+    )
+    fit(module, tmp_path, callbacks=[SparsityRamp(["15:16", "2:4"], 0.5), Look(), MaskInvariant()])
+    widths = {name: layer.weight.shape[1] for name, layer in module.masks.layers.items()}
+    odd = [name for name, width in widths.items() if width % 16]
+    assert odd
+    assert all(seen[0][name] is None for name in odd)
+    assert seen[-1] == {name: None if own.is_dense else own for name, own in module._patterns.items()}
+
+
 @pytest.mark.parametrize("allocation", [None, Allocation(0.6)])
 def test_a_checkpoint_brings_the_calibrated_network_back(allocation: Any, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"mask_scores": "obs", "calibration": REFIT, "allocation": allocation}
@@ -245,6 +266,9 @@ def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) 
     [
         (lambda: Calibration(batches=0), r"model\.calibration\.batches: 0"),
         (lambda: Calibration(damping=-1.0), r"model\.calibration\.damping: -1"),
+        (lambda: Calibration(damping=float("nan")), r"model\.calibration\.damping: nan"),
+        (lambda: Distillation(features=float("nan")), r"model\.distillation\.features: nan"),
+        (lambda: Distillation(blocks="block"), r"model\.distillation\.blocks: model\.distillation\.features is 0"),
         (lambda: Allocation(0.0), r"model\.allocation\.budget: 0"),
         (lambda: Allocation(0.5, ()), r"model\.allocation\.patterns"),
         (lambda: Allocation(0.5, ("5:4",)), r"5:4"),

@@ -222,13 +222,14 @@ def test_the_linear_schedule_is_the_continuous_one_at_its_timesteps(time: float,
 
 
 def test_the_learning_rate_of_cifar10() -> None:
-    """2e-4 min(k / 2500, 1) after k steps; the released schedule spends its first step at 0, this one does not."""
-    for step in (1, 1250, 2500, 3000):
-        found = 2e-4 * lr_factor(step - 1, float("inf"), 2500, "constant")
+    """2e-4 min(k / 2500, 1) at step k, the first one at 0."""
+    for step in (0, 1, 1250, 2500, 3000):
+        found = 2e-4 * lr_factor(step, float("inf"), 2500, "constant-from-zero")
         assert found == pytest.approx(2e-4 * min(step / 2500, 1))
     config = yaml.safe_load((CONFIGS / "sparsedm" / "cifar10_uvit.yaml").read_text())
     model, trainer = config["model"]["init_args"], config["trainer"]
     assert (model["optimizer"]["init_args"]["lr"], model["warmup_steps"]) == (2e-4, 2500)
+    assert model["lr_schedule"] == "constant-from-zero"
     assert trainer["max_steps"] * config["data"]["init_args"]["batch_size"] / 50_000 == 1280
 
 

@@ -1,11 +1,13 @@
 """Further modes of SparseDM: frozen masks, fixed floors, several patterns in one set of weights, run-time switches."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_prune.callbacks import MaskInvariant, SparsityRamp
 from lightning_prune.callbacks.capability import require
@@ -185,10 +187,71 @@ def test_the_flip_rate_is_what_a_refresh_changes() -> None:
 
 def test_the_flip_rate_is_logged_by_layer(tmp_path: Path) -> None:
     module = tiny_sparsedm(optimizer=steep)
-    trainer = fit(module, tmp_path)
+    trainer = fit(module, tmp_path, log_every_n_steps=1)
     rates = {key: float(value) for key, value in trainer.logged_metrics.items() if key.startswith("flip_rate")}
     assert rates.keys() == {"flip_rate", *(f"flip_rate/{name}" for name in module.masks.layers)}
     assert 0 < rates["flip_rate"] < 1
+
+
+def test_logged_flips_are_those_of_the_step_that_logs_them(tmp_path: Path) -> None:
+    module, steps, total = tiny_sparsedm(optimizer=steep), list[int](), 6
+    flips = module.masks.flips
+
+    def spy() -> dict[str, float]:
+        steps.append(module.global_step)
+        return flips()
+
+    module.masks.flips = spy  # type: ignore[method-assign]
+    logger = CSVLogger(tmp_path)
+    fit(module, tmp_path, max_steps=total, log_every_n_steps=3, logger=logger)
+    assert steps == [2, 5]  # counted from 0, and Lightning's rows are numbered by the same
+    with (Path(logger.log_dir) / "metrics.csv").open() as rows:
+        assert [int(row["step"]) for row in csv.DictReader(rows) if row["flip_rate"]] == [2, 5]
+
+
+def test_weights_of_a_checkpoint_bring_their_masks(tmp_path: Path) -> None:
+    module, other = tiny_sparsedm(), tiny_sparsedm()
+    with torch.no_grad():
+        for layer in module.masks.layers.values():
+            layer.weight.copy_(torch.randn_like(layer.weight))
+    module.masks.refresh()
+    other.load_state_dict(module.state_dict())
+    assert same(masks_of(other), masks_of(module))
+
+
+def test_a_ramped_run_that_stops_early_ends_at_its_target(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 1
+
+    module = tiny_sparsedm()
+    fit(module, tmp_path, max_steps=8, callbacks=[SparsityRamp(["7:8", "2:4"], 0.9), Stop()])
+    assert {str(layer.sparsity) for layer in module.masks.layers.values()} == {"2:4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ramps", "message"),
+    [
+        ({}, 2, "trainer.callbacks: 2 times SparsityRamp"),
+        ({"one_shot": True}, 1, "with model.one_shot nothing is trained"),
+    ],
+)
+def test_ramps_that_make_no_sense_are_refused(arguments: Any, ramps: int, message: str, tmp_path: Path) -> None:
+    callbacks: list[Any] = [SparsityRamp(["3:4", "2:4"], 0.5) for _ in range(ramps)]
+    with pytest.raises(InputError, match=message):
+        fit(tiny_sparsedm(**arguments), tmp_path, callbacks=callbacks)
+
+
+def test_weights_that_diverged_are_the_learning_rates_fault(tmp_path: Path) -> None:
+    def diverging(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=float("inf"))
+
+    with pytest.raises(InputError, match="weights are not finite at step 1; lower the learning rate"):
+        fit(tiny_sparsedm(optimizer=diverging, ema_decay=None), tmp_path, callbacks=[MaskInvariant()])
+    with pytest.raises(InputError, match=r"model\.optimizer: Invalid learning rate: -1"):
+        fit(tiny_sparsedm(optimizer=lambda p: torch.optim.AdamW(p, lr=-1.0)), tmp_path)
+    with pytest.raises(InputError, match=r"trainer\.precision: 64-true"):
+        fit(tiny_sparsedm(), tmp_path, precision="64-true")
 
 
 def test_several_patterns_learn_from_the_dense_path_in_one_step() -> None:
@@ -210,6 +273,40 @@ def test_several_patterns_learn_from_the_dense_path_in_one_step() -> None:
     assert {"dense_denoise_loss", "denoise_loss", "distill_loss"} <= values.keys()
     assert next(iter(module.masks.layers.values())).sparsity == TWO_FOUR
     assert all(layer.weight.grad is not None for layer in module.masks.layers.values())
+
+
+def test_the_loss_of_several_patterns_by_hand() -> None:
+    """The dense path learns from the target and the teacher, the masked ones from the target and the dense path."""
+    module = tiny_sparsedm(also=["3:4"], distill_weight=0.7, noise_weight=0.3)
+    with torch.no_grad():  # or the teacher is what the dense path is
+        for layer in module.masks.layers.values():
+            layer.weight.add_(0.05 * torch.randn_like(layer.weight))
+    module.masks.refresh()
+    module.train()
+    x_t, t, cond, target = module.diffuse(BATCH, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        teacher = module._dense.on(torch.device("cpu"))(x_t, t, cond)
+    paths = {}
+    for pattern in (None, Sparsity(3, 4), TWO_FOUR):
+        module.set_sparsity(pattern)
+        paths[str(pattern)] = module.denoiser(x_t, t, cond)
+    mse = torch.nn.functional.mse_loss
+    expected = 0.3 * mse(paths["None"], target) + 0.7 * mse(paths["None"], teacher)
+    for name in ("3:4", "2:4"):
+        expected = expected + 0.3 * mse(paths[name], target) + 0.7 * mse(paths[name], paths["None"].detach())
+    weight = next(iter(module.masks.layers.values())).weight
+    (wanted,) = torch.autograd.grad(expected / 3, weight)
+    loss, _ = module.loss(BATCH, torch.Generator().manual_seed(0))
+    (found,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(loss, expected / 3)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("pattern", ["3:4", "6:8", "7:8", "15:16"])
+def test_masks_of_several_patterns_are_nested(pattern: str) -> None:
+    tiny_sparsedm(also=[pattern])
+    weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(2))
+    assert not (nm_mask(weight, TWO_FOUR) & ~nm_mask(weight, Sparsity.parse(pattern))).any()
 
 
 def test_several_patterns_are_reported_each(tmp_path: Path) -> None:
@@ -253,7 +350,12 @@ def test_switching_at_run_time_is_exact() -> None:
         ({"also": ["1:4"]}, "also: 1:4 does not lie between"),
         ({"also": ["4:4"]}, "also: 4:4 does not lie between"),
         ({"also": ["9:8"]}, "9:8"),
-        ({"also": ["6:7"]}, "sparsity 6:7: .* no masked layer is a multiple of 7"),
+        ({"also": ["6:7"]}, "also: 2:4 may keep what 6:7 prunes"),
+        ({"also": ["5:8"]}, "also: 2:4 may keep what 5:8 prunes"),
+        ({"also": ["255:256"]}, "sparsity 255:256: .* no masked layer is a multiple of 256"),
+        ({"decay": float("nan")}, "model.decay: nan is negative or not finite"),
+        ({"noise_weight": float("inf")}, "model.noise_weight: inf is negative or not finite"),
+        ({"warmup_steps": -5}, "model.warmup_steps: -5 is negative"),
         ({"also": ["3:4"], "freeze_masks_at": 0.5}, r"model\.also: masks of several patterns follow"),
         ({"also": ["3:4"], "mask_scores": "random"}, r"model\.also: masks of several patterns follow"),
         ({"also": ["3:4"], "one_shot": True}, r"model\.also: with model\.one_shot nothing is trained"),

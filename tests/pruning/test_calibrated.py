@@ -98,6 +98,16 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input() -> None:
     assert torch.equal(nm_mask(weight * column_scale(problem, weight, "wanda"), TWO_FOUR), expected)
 
 
+@pytest.mark.parametrize("score", ["wanda", "obs"])
+def test_a_column_that_reads_nothing_goes_first(score: Any) -> None:
+    weight = torch.tensor([[5.0, 1.0, 1.0, 0.5]])
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 0] = 0
+    scale = column_scale(Layer.of(weight.double(), x.T @ x, 1e-3), weight, score)
+    assert scale[0, 0] == 0
+    assert nm_mask(weight * scale, TWO_FOUR).tolist() == [[False, True, True, False]]
+
+
 def network() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(6 * 16, 4, bias=False))

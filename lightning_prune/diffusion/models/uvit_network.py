@@ -43,6 +43,9 @@ class UViTModel(ModelMixin, ConfigMixin):
         skip: whether there are long skips.
     """
 
+    # Public checkpoints have none; SparseDM's code trains them from zero.
+    may_be_missing = r".*\.attn\.qkv\.bias"
+
     @register_to_config
     def __init__(
         self,

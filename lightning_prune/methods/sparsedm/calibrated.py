@@ -18,7 +18,7 @@ from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
 from lightning_prune.methods.sparsedm.scores import CALIBRATED, MaskScores
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError, Sparsity
-from lightning_prune.pruning.masks import MaskSet, Patterns
+from lightning_prune.pruning.masks import MaskSet, Patterns, fitting
 
 
 class Calibrated(PruningModule):
@@ -65,10 +65,14 @@ class Calibrated(PruningModule):
         """
         if not self._patterns or not isinstance(sparsity, Sparsity):
             return sparsity
-        chosen = self._patterns
-        if sparsity != self.pattern:
-            chosen = {name: max(sparsity, own, key=lambda s: s.density) for name, own in chosen.items()}
-        return {re.escape(name): pattern for name, pattern in chosen.items()}
+        return {re.escape(name): self._denser(name, own, sparsity) for name, own in self._patterns.items()}
+
+    def _denser(self, name: str, own: Sparsity, sparsity: Sparsity) -> Sparsity | None:
+        """A layer's own pattern or, on the way there, a denser one; dense where that does not divide its inputs."""
+        if sparsity == self.pattern:
+            return own
+        stage = fitting(self.masks.layers[name], sparsity)
+        return None if stage is None else max(stage, own, key=lambda pattern: pattern.density)
 
     # Moments of a run
 

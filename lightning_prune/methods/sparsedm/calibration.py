@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.batches < 1:
             raise InputError(f"model.calibration.batches: {self.batches} is not positive")
-        if self.damping < 0:
-            raise InputError(f"model.calibration.damping: {self.damping:g} is negative")
+        if not 0 <= self.damping < math.inf:
+            raise InputError(f"model.calibration.damping: {self.damping:g} is negative or not finite")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,11 +47,13 @@ class Distillation:
     guidance: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.snr_cap <= 0:
+        if not 0 < self.snr_cap < math.inf:
             raise InputError(f"model.distillation.snr_cap: {self.snr_cap:g} is not positive")
-        if self.features < 0:
-            raise InputError(f"model.distillation.features: {self.features:g} is negative")
-        if self.guidance is not None and not 0 <= self.guidance[0] <= self.guidance[1]:
+        if not 0 <= self.features < math.inf:
+            raise InputError(f"model.distillation.features: {self.features:g} is negative or not finite")
+        if self.blocks is not None and self.features == 0:
+            raise InputError("model.distillation.blocks: model.distillation.features is 0, so no block is matched")
+        if self.guidance is not None and not 0 <= self.guidance[0] <= self.guidance[1] < math.inf:
             raise InputError(f"model.distillation.guidance: {list(self.guidance)} is no range of scales")
 
 

@@ -69,8 +69,8 @@ class SparseDM(Calibrated):
         one_shot: train nothing: the run's batches calibrate, and the network is pruned after the last one. Set
             `trainer.max_epochs: 1` and `trainer.limit_train_batches`.
         allocation: patterns by layer under a budget of MACs, in place of `sparsity` for all.
-        freeze_masks_at: fraction of the steps from which masks no longer follow the weights, and pruned weights rest:
-            0 is ASP's retraining, 0.85 a late freeze; null is never.
+        freeze_masks_at: fraction of the steps from which masks no longer follow the weights, and pruned weights get no
+            gradient: 0 is ASP's retraining, 0.85 a late freeze; null is never.
         lr_schedule: shape of the learning rate after the warm-up.
         warmup_steps: steps of linear warm-up.
         ema_decay: decay of the moving average of the dense shadow weights; null for none.
@@ -112,8 +112,8 @@ class SparseDM(Calibrated):
         self.one_shot = one_shot
         self.automatic_optimization = not one_shot
         for name, weight in (("noise_weight", noise_weight), ("distill_weight", distill_weight), ("decay", decay)):
-            if weight < 0:
-                raise InputError(f"model.{name}: {weight} is negative")
+            if not 0 <= weight < math.inf:
+                raise InputError(f"model.{name}: {weight} is negative or not finite")
         if noise_weight == distill_weight == 0:
             raise InputError("model.noise_weight and model.distill_weight are both 0: there is nothing to learn from")
         if freeze_masks_at is not None and not 0 <= freeze_masks_at < 1:
@@ -323,7 +323,7 @@ class SparseDM(Calibrated):
         if trainer is None or not trainer.training:
             return False
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return trainer.global_step % every == 0
+        return (trainer.global_step + 1) % every == 0  # this step is counted once it is over
 
     # Planned
 
@@ -401,8 +401,13 @@ class SparseDM(Calibrated):
 
 
 def check_also(also: Sequence[Sparsity], target: Sparsity) -> list[Sparsity]:
-    """`also`, if every pattern of it is denser than `target` and none is dense. Raises `InputError` otherwise."""
+    """`also`, if `target` keeps nothing that one of them prunes, and none is dense. Raises `InputError` otherwise.
+
+    What is among the r smallest of a group is among the r smallest of any part of it.
+    """
     for pattern in also:
         if pattern.is_dense or pattern.density <= target.density:
             raise InputError(f"model.also: {pattern} does not lie between dense, which is always trained, and {target}")
+        if pattern.m % target.m or (pattern.m > target.m and pattern.m - pattern.n > target.m - target.n):
+            raise InputError(f"model.also: {target} may keep what {pattern} prunes; masks have to be nested")
     return list(also)

@@ -49,6 +49,8 @@ EXTENSION = {
     "gradual-magnitude": "baselines/gradual-magnitude.yaml",
     "random-nm": "baselines/random-nm.yaml",
     "fixed-nm": "baselines/fixed-nm.yaml",
+    "asp-retrained-taught": "baselines/asp.yaml",
+    "ste-taught": "baselines/ste.yaml",
     "sparsedm-progressive-fifths": "sparsedm/fashion_dit_progressive_fifths.yaml",
     "sparsedm-distilled-fifths": "sparsedm/fashion_dit_progressive_fifths.yaml",
     "sparsedm-fixed-constant": "sparsedm/fashion_dit_fixed.yaml",
@@ -66,10 +68,14 @@ EXTENSION = {
     "sparsedm-calibrated-allocated": "sparsedm/fashion_dit_calibrated_allocated.yaml",
 }
 DISTILL_ONLY = ("--model.noise_weight=0.0",)
+# Baselines have no teacher as published; these have SparseDM's.
+TAUGHT = ("--model.distill_weight=1.0",)
 # Under the cosine the last fifth, which alone is 2:4, has next to no learning rate; the paper's rate is constant.
 CONSTANT = ("--model.lr_schedule=constant",)
 # What variants set beside their config.
 SWITCHES = {
+    "asp-retrained-taught": TAUGHT,
+    "ste-taught": TAUGHT,
     "sparsedm-distilled": DISTILL_ONLY,
     "sparsedm-distilled-fifths": DISTILL_ONLY,
     "sparsedm-fixed-constant": CONSTANT,

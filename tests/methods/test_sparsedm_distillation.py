@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
+from lightning_prune.diffusion.models.unet2d import UNet2D
 from lightning_prune.diffusion.process import Process
 from lightning_prune.methods.sparsedm import SparseDM
 from lightning_prune.methods.sparsedm.distillation import (
@@ -120,6 +121,12 @@ def test_features_enter_the_loss_and_reach_the_first_block_alone_too() -> None:
 
 
 # Guidance
+
+
+def test_a_network_without_conditions_is_not_guided() -> None:
+    config = {**tiny_unet().config(), "num_class_embeds": None}
+    with pytest.raises(InputError, match=r"model\.distillation\.guidance: the network takes no condition"):
+        SparseDM(UNet2D(config=config), Process("cosine", "v"), distillation=Distillation(guidance=(1.0, 4.0)))
 
 
 def test_guided_predictions_follow_the_familys_rule() -> None:

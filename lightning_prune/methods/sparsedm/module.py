@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.models.text import TextDenoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.sparsedm.calibrated import Calibrated
@@ -124,6 +125,9 @@ class SparseDM(Calibrated):
             raise InputError("model.compile: outputs of blocks cannot be matched in a compiled network")
         if distill_weight == 0 and distillation != Distillation():
             raise InputError("model.distillation: model.distill_weight is 0, so nothing is distilled")
+        prompted = isinstance(denoiser, TextDenoiser) and denoiser.condition_shapes()
+        if distillation.guidance is not None and not (denoiser.num_classes or prompted):
+            raise InputError("model.distillation.guidance: the network takes no condition to guide by")
         if also and (distillation.features > 0 or distillation.guidance is not None or allocation is not None):
             raise InputError("model.also: several patterns have no allocation, features or guidance yet")
         if also and (freeze_masks_at is not None or mask_scores != "magnitude"):

@@ -83,6 +83,10 @@ SWITCHES = {
     "sparsedm-progressive-fifths-constant": CONSTANT,
     "sparsedm-progressive-eighths-constant": CONSTANT,
 }
+# Strengths of the decay beside the 2e-4 of all others; the rate of flips is what it is chosen by (Hu et al. 2024).
+DECAYS = ("0", "2e-6", "2e-5", "2e-3")
+EXTENSION |= {f"sparsedm-fixed-decay-{decay}": "sparsedm/fashion_dit_fixed.yaml" for decay in DECAYS}
+SWITCHES |= {f"sparsedm-fixed-decay-{decay}": (f"--model.decay={decay}",) for decay in DECAYS}
 # Variants with a pattern for each layer.
 BY_LAYER = ("sparsedm-allocated", "sparsedm-calibrated-allocated", "sparsedm-calibrated-long")
 UNET = (

@@ -145,7 +145,7 @@ class Pair:
     def masks(self) -> dict[str, Sparsity]:
         """Patterns of the layers under a mask, by name."""
         patterns = self.manifest.get(switchable.KEY) or self.manifest.get("masks", {})
-        return {name: Sparsity.parse(text) for name, text in patterns.items()}
+        return {name: Sparsity.parse(text) for name, text in patterns.items() if text}
 
     def process(self) -> Process:
         """The process the artifact samples; a default one, which takes as long, where it records none."""

@@ -76,24 +76,24 @@ class _ByStep(nn.Module):
             self._now = wanted
 
 
-def released(denoiser: Denoiser) -> dict[str, str]:
-    """Make the masked layers dense in place; the patterns that were in force, by layer.
+def released(denoiser: Denoiser) -> dict[str, str | None]:
+    """Make the masked layers dense in place; the patterns that were in force, by layer, None where it was dense.
 
     Raises:
         InputError: no masked layer, or masks that do not follow from the weights alone.
     """
-    layers = masked_layers(denoiser.network)
-    if not layers:
+    layers = maskable_layers(denoiser.network)
+    if not masked_layers(denoiser.network):
         raise InputError("--format switchable: no layer is masked")
     fixed = [name for name, layer in layers.items() if not layer.follows_weight]
     if fixed:
         raise InputError(f"--format switchable: the mask of {fixed[0]} does not follow from its weights alone")
-    patterns = {name: str(layer.sparsity) for name, layer in layers.items()}
+    patterns = {name: str(layer.sparsity) if layer.sparsity else None for name, layer in layers.items()}
     set_patterns(layers, None)
     return patterns
 
 
-def masked(denoiser: Denoiser, patterns: Mapping[str, str]) -> Denoiser:
+def masked(denoiser: Denoiser, patterns: Mapping[str, str | None]) -> Denoiser:
     """Mask the layers of a loaded network, in place, as the artefact says. Raises `InputError` for other layers."""
     units = {unit.name: unit for unit in denoiser.anatomy()}
     if unknown := sorted(patterns.keys() - units.keys()):

@@ -55,6 +55,18 @@ def test_any_pattern_is_that_of_the_training_module_and_goes_away_again(pattern:
     assert torch.equal(output(loaded), before)
 
 
+def test_layers_that_were_left_dense_can_be_masked_later(tmp_path: Path) -> None:
+    module = tiny_sparsedm()
+    module.set_sparsity({r".*\.ff\..*": None})
+    copy = deepcopy(module.denoiser)
+    folder = save_artifact(copy, tmp_path / "artifact", "sparsedm", {switchable.KEY: switchable.released(copy)})
+    loaded = lightning_prune.load(folder)
+    assert torch.equal(output(loaded), output(module.denoiser))
+    set_sparsity(loaded, "2:4")
+    module.set_sparsity(Sparsity(2, 4))
+    assert torch.equal(output(loaded), output(module.denoiser))
+
+
 def test_stored_are_the_dense_weights_which_diffusers_loads(tmp_path: Path) -> None:
     folder, module = stored(tmp_path)
     stock = DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True).state_dict()

@@ -114,6 +114,7 @@ def _without_search(network: str, budget: float, tier: str = "core") -> Job:
     Between these run no blocks or, where the budget pays for it in every step, the shallowest branch.
     """
     count = int(budget * STEPS[network] + 1e-9)
+    # Up to a tenth no branch is paid for in every step, and the two rules are one.
     rules = ["whole-steps", *(["uniform-reuse"] if budget > 0.1 else [])]
     rows = {f"ddim {count} steps": "ddim-fewer-steps", f"dpm-solver++ {count} steps": "dpm-solver++"}
     rows |= {f"{rule} {budget:g}": rule for rule in (*rules, "random-gates")}
@@ -129,14 +130,7 @@ def _without_search(network: str, budget: float, tier: str = "core") -> Job:
         target=f"{budget:g}",
         seed=0,
         config="baselines/random-gates.yaml",
-        options=(
-            f"--model.budget={budget:g}",
-            compare,
-            *ALIKE,
-            *on,
-            beside,
-            *UNTIMED,
-        ),
+        options=(f"--model.budget={budget:g}", compare, *ALIKE, *on, beside, *UNTIMED),
         tier=tier,
         minutes=MINUTES_DRAWN * (1 + (2 + len(rules)) * budget),
     )

@@ -46,7 +46,7 @@ def check_strategy(
 
 
 def check_precision(precision: str) -> None:
-    """Refuse a precision that rounds the weights themselves, for methods that train or measure them.
+    """Refuse a precision that rounds the weights themselves, for methods that train or measure them, and double.
 
     Raises:
         InputError: naming what to write instead.

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import ROOT, UNTIMED, Job, Row, Table, distance_cell, interval, run_table
+from tables import KEY, ROOT, UNTIMED, Job, Row, Table, distance_cell, interval, run_table
 
 SEEDS = (0, 1, 2)
 STEPS = {"fashion_dit": 50, "fashion_unet": 20}
@@ -191,13 +191,27 @@ def _scored(rows: Iterable[str], drift: bool = True) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Rows by network and budget: distance, paired difference of that seed's schedule from it, drift as MSE."""
-    lines = [
+    """Rows by network and budget: distance, paired difference of that seed's schedule from it, drift as MSE.
+
+    Rows that no job makes any more are folded away below.
+    """
+    known = {_key(row) for job in jobs() for row in table.of(job)}
+    now, earlier = [[row for row in table.rows if (_key(row) in known) is kept] for kept in (True, False)]
+    summary = f"<summary>{len(earlier)} rows that no job makes any more, of earlier code</summary>"
+    folded = ["", "<details>", summary, "", *_lines(table, earlier), "", "</details>"] if earlier else []
+    return "\n".join([*_lines(table, now), *folded])
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row[part]) for part in KEY)
+
+
+def _lines(table: Table, rows: Iterable[Row]) -> list[str]:
+    return [
         "| network | budget | variant | seed | fd_fashion (95 %) | dipgo less this, paired | drift (95 %) | MACs |",
         "|---|---|---|---|---|---|---|---|",
+        *(_line(table, row) for row in rows),
     ]
-    lines += [_line(table, row) for row in table.rows]
-    return "\n".join(lines)
 
 
 def _line(table: Table, row: Row) -> str:

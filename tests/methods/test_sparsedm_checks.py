@@ -32,6 +32,7 @@ from lightning_prune.module import lr_factor
 from lightning_prune.protocols import PrunableUnit, Sparsity
 from lightning_prune.pruning.masks import MaskSet, select_units
 from lightning_prune.pruning.nm import nm_mask
+from lightning_prune.pruning.ramps import staged
 from tests.diffusion.test_uvit import PUBLIC, public
 from tests.factories import fit, tiny_dit, tiny_sparsedm
 
@@ -231,6 +232,23 @@ def test_the_learning_rate_of_cifar10() -> None:
     assert (model["optimizer"]["init_args"]["lr"], model["warmup_steps"]) == (2e-4, 2500)
     assert model["lr_schedule"] == "constant-from-zero"
     assert trainer["max_steps"] * config["data"]["init_args"]["batch_size"] / 50_000 == 1280
+
+
+@pytest.mark.parametrize(
+    ("chain", "stages"),
+    [("step31", ("31:32", "15:16", "7:8", "3:4", "2:4")), ("step7", ("7:8", "6:8", "5:8", "4:8", "2:4"))],
+)
+def test_stages_of_the_published_chains(chain: str, stages: tuple[str, ...]) -> None:
+    """100,000 steps each, whose last one is 2:4; but for the chain the runs are the one at a fixed ratio."""
+    config = yaml.safe_load((CONFIGS / "sparsedm" / f"cifar10_uvit_{chain}.yaml").read_text())
+    fixed = yaml.safe_load((CONFIGS / "sparsedm" / "cifar10_uvit.yaml").read_text())
+    ramp = config["trainer"]["callbacks"].pop(0)["init_args"]
+    ratios = [Sparsity.parse(pattern) for pattern in ramp["chain"]]
+    for stage, ratio in enumerate(stages):
+        for step in (100_000 * stage, 100_000 * stage + 99_999):
+            found = staged(step, config["trainer"]["max_steps"], ratios, ramp["reached_at"])
+            assert found == Sparsity.parse(ratio)
+    assert config | {"run": fixed["run"]} == fixed
 
 
 # 14: without training

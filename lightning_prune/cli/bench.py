@@ -16,7 +16,7 @@ import torch
 
 from lightning_prune.cli import bench_text
 from lightning_prune.cli.bench_networks import DTYPES, Pair, Task, load_pair
-from lightning_prune.diffusion.solvers import SamplerName
+from lightning_prune.diffusion.solvers import Deterministic
 from lightning_prune.metrics.latency import (
     INTERVAL,
     Timing,
@@ -81,7 +81,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda or cuda:<index>; default cpu")
     add("--repeats", type=int, default=20, metavar="N", help="turns of every measurement; default 20")
     add("--steps", type=int, metavar="N", help="time a whole trajectory of N steps; default: one network call")
-    add("--sampler", choices=get_args(SamplerName), help="its solver; default ddim, or flow-euler for a flow")
+    add("--sampler", choices=get_args(Deterministic), help="its solver; default ddim, or flow-euler for a flow")
     add("--guidance", type=float, metavar="W", help="guidance scale of the trajectory; default 1, none")
     add("--json", type=Path, metavar="FILE", help="file to write the result to; must not exist")
     options = parser.parse_args(list(args))

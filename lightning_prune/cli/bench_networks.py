@@ -18,7 +18,7 @@ from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import Predict, guided, in_type, initial_noise, integrate
-from lightning_prune.diffusion.solvers import Sampler, SamplerName, make_solver, usual_solver
+from lightning_prune.diffusion.solvers import Deterministic, Sampler, make_solver, usual_solver
 from lightning_prune.export import load, switchable
 from lightning_prune.export.artifact import MANIFEST, read_manifest
 from lightning_prune.export.packed import sparse_layers
@@ -43,7 +43,7 @@ class Task:
     process: Process
     steps: int | None = None
     guidance: float | None = None
-    solver: SamplerName | None = None
+    solver: Deterministic | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None:

@@ -1,7 +1,7 @@
 """Sampling: one loop for evaluation, search and export.
 
-Steps are addressed by index; the starting noise of sample `i` is a function of its id alone and is drawn on the CPU, so
-images do not depend on batch size, device count or world size. Clipping happens here, the same for every solver.
+Steps are addressed by index; the noise of sample `i` is a function of its id alone and is drawn on the CPU, so images
+do not depend on batch size, device count or world size. Clipping happens here, the same for every solver.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning_prune.diffusion.gated import begin
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.models.base import guide_every_channel
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.solvers import Sampler, make_solver
+from lightning_prune.diffusion.solvers import Draw, Sampler, make_solver
 from lightning_prune.protocols import StepAware
 from lightning_prune.seeds import derive
 
@@ -27,12 +27,18 @@ Guide = Callable[[Tensor, Tensor, float], Tensor]
 
 def initial_noise(ids: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Standard normal noise [len(ids), *shape] on the CPU; row i depends on (seed, ids[i]) alone."""
+    return noise_stream(ids, shape, seed)()
 
-    def row(i: int) -> Tensor:
+
+def noise_stream(ids: Tensor, shape: tuple[int, ...], seed: int = 0) -> Draw:
+    """Draws `initial_noise` first, then more of its kind at every call."""
+    generators = [torch.Generator().manual_seed(derive(seed, i)) for i in ids.tolist()]
+
+    def draw() -> Tensor:
         # In single precision whatever the default is, which a trainer of half precision changes.
-        return torch.randn(shape, generator=torch.Generator().manual_seed(derive(seed, i)), dtype=torch.float32)
+        return torch.stack([torch.randn(shape, generator=own, dtype=torch.float32) for own in generators])
 
-    return torch.stack([row(i) for i in ids.tolist()])
+    return draw
 
 
 def guided(
@@ -57,7 +63,13 @@ def guided(
 
 
 def trajectory(
-    predict: Predict, process: Process, noise: Tensor, cond: Condition, sampler: Sampler, on_step: OnStep | None = None
+    predict: Predict,
+    process: Process,
+    noise: Tensor,
+    cond: Condition,
+    sampler: Sampler,
+    on_step: OnStep | None = None,
+    draw: Draw | None = None,
 ) -> Tensor:
     """Run a sampler's steps, with gradients where they are enabled; guidance is `predict`'s.
 
@@ -68,11 +80,12 @@ def trajectory(
         cond: condition of the batch.
         sampler: solver and timesteps.
         on_step: called with each step index before it runs.
+        draw: noise of the shape of `noise`, on its device, for samplers that draw some at every step.
 
     Returns:
         Samples of the shape of `noise`.
     """
-    solver = make_solver(sampler, process)
+    solver = make_solver(sampler, process, draw)
     x = noise * solver.init_noise_sigma
     visited = solver.timesteps.to(x.device)  # all at once: every copy makes the device wait
     for index, t in enumerate(solver.timesteps):
@@ -120,10 +133,11 @@ def sample_images(
 
     denoiser.eval()
     try:
-        noise = initial_noise(ids, denoiser.sample_shape, seed).to(device)
+        stream = noise_stream(ids, denoiser.sample_shape, seed)
+        noise = stream().to(device)
         dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())
         predict = guided(in_type(denoiser, dtype), denoiser.null_condition, sampler.guidance, denoiser.guide)
-        return integrate(predict, process, noise, move(cond, device), sampler, enter)
+        return integrate(predict, process, noise, move(cond, device), sampler, enter, lambda: stream().to(device))
     finally:
         denoiser.train(was_training)
 

@@ -1,4 +1,4 @@
-"""Solvers behind one interface: diffusers' schedulers, and DDIM over any list of timesteps.
+"""Solvers behind one interface: diffusers' schedulers, DDIM over any list of timesteps, and Euler-Maruyama.
 
 diffusers' own DDIM steps by a fixed stride whatever its timesteps are, so it cannot run the timesteps that a schedule
 of gates keeps; ours goes from each timestep to the next in the list.
@@ -6,6 +6,7 @@ of gates keeps; ours goes from each timestep to the next in the list.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -23,7 +24,11 @@ from torch import Tensor
 from lightning_prune.diffusion.process import Process
 from lightning_prune.protocols import InputError
 
-SamplerName = Literal["ddim", "dpm-solver++", "euler", "plms", "flow-euler"]
+# What starting noise alone decides, so that networks can be compared sample by sample at every step.
+Deterministic = Literal["ddim", "dpm-solver++", "euler", "plms", "flow-euler"]
+SamplerName = Literal[Deterministic, "euler-maruyama"]
+# Standard normal noise for one more step of a trajectory, of its shape.
+Draw = Callable[[], Tensor]
 Spacing = Literal["trailing", "leading", "linspace"]
 
 _WORDS: dict[SamplerName, str] = {
@@ -32,6 +37,7 @@ _WORDS: dict[SamplerName, str] = {
     "euler": "Euler",
     "plms": "PLMS",
     "flow-euler": "flow Euler",
+    "euler-maruyama": "Euler-Maruyama of the reverse SDE",
 }
 _SCHEDULERS: dict[str, SamplerName] = {
     "DDIMScheduler": "ddim",
@@ -50,7 +56,8 @@ class Sampler:
     """How a trajectory is run.
 
     Args:
-        name: the solver; "flow-euler" goes with the flow process, the others with all the rest.
+        name: the solver; "flow-euler" goes with the flow process, the others with all the rest. "euler-maruyama" draws
+            noise at every step but the last, and takes some hundred of them.
         steps: sampling steps; with `timesteps` their count.
         guidance: classifier-free guidance scale; 1 is none.
         timesteps: the timesteps to visit, falling; null spaces `steps` of them. DDIM, DPM-Solver++ and Euler only.
@@ -77,6 +84,11 @@ class Sampler:
             raise InputError(f"timesteps: {len(self.timesteps)} are listed, but steps is {self.steps}")
         if any(later >= earlier for earlier, later in zip(self.timesteps, self.timesteps[1:], strict=False)):
             raise InputError("timesteps: they have to fall from each to the next")
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether steps draw noise."""
+        return self.name == "euler-maruyama"
 
     def calls(self, process: Process) -> int:
         """Network calls of a trajectory, a guided pair as one; PLMS makes one more than it has steps."""
@@ -127,8 +139,8 @@ def most_steps(sampler: Sampler, process: Process, calls: int) -> Sampler:
     return replace(sampler, steps=1, timesteps=None)
 
 
-def make_solver(sampler: Sampler, process: Process) -> Solver:
-    """A fresh solver for one trajectory.
+def make_solver(sampler: Sampler, process: Process, draw: Draw | None = None) -> Solver:
+    """A fresh solver for one trajectory; `draw` is for those that draw noise.
 
     Raises:
         InputError: a solver of the other kind of process, or more steps or later timesteps than the process has.
@@ -140,7 +152,9 @@ def make_solver(sampler: Sampler, process: Process) -> Solver:
     if sampler.steps > process.timesteps or last >= process.timesteps or min(sampler.timesteps or (0,)) < 0:
         asked = f"timestep {last}" if sampler.timesteps else f"{sampler.steps} sampling steps"
         raise InputError(f"steps: {asked}, but the process has {process.timesteps}")
-    return DDIM(sampler, process) if sampler.name == "ddim" else _Diffusers(sampler, process)
+    if sampler.name == "ddim":
+        return DDIM(sampler, process)
+    return EulerMaruyama(sampler, process, draw) if sampler.draws_noise else _Diffusers(sampler, process)
 
 
 class DDIM:
@@ -176,6 +190,43 @@ def _spaced(steps: int, spacing: Spacing, timesteps: int) -> Tensor:
     scheduler.set_timesteps(steps)
     result: Tensor = scheduler.timesteps
     return result.clamp(max=timesteps - 1)
+
+
+class EulerMaruyama:
+    """Euler-Maruyama on the reverse SDE of the process (Song et al. 2021, Score-Based Generative Modeling, equation 6).
+
+        x' = x + beta / 2 x + beta score + sqrt(beta) z,    score = -eps / s,    beta = 1 - abar_t / abar_t'
+
+    from each timestep t to the next one t', with no z in the last step. In as many steps as the process has timesteps,
+    beta is that of training: the sampler of pixels in U-ViT and SparseDM.
+    """
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, sampler: Sampler, process: Process, draw: Draw | None = None) -> None:
+        self.process, self.draw = process, draw
+        self.timesteps = _spaced(sampler.steps, sampler.spacing, process.timesteps)
+        abar = process.alphas_cumprod.double()[self.timesteps]
+        ahead = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
+        self._betas = dict(zip(self.timesteps.tolist(), (1 - abar / ahead).tolist(), strict=True))
+
+    def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """As it is: the process preserves variance."""
+        return x
+
+    def step(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """x at the next timestep [B, ...] from the prediction at `t` (a scalar).
+
+        Raises:
+            InputError: there is nothing to draw noise from.
+        """
+        if self.draw is None:
+            raise InputError("sampler: euler-maruyama draws noise at every step, and here no noise is drawn")
+        beta, times = self._betas[int(t)], t.to(x.device).expand(len(x))
+        noise = self.process.x0_and_noise(output, x, times)[1]
+        _, sigma = self.process.coefficients(times, x)
+        following: Tensor = (1 + beta / 2) * x - beta / sigma * noise
+        return following if t == self.timesteps[-1] else following + beta**0.5 * self.draw()
 
 
 class _Diffusers:

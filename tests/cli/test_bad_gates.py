@@ -20,6 +20,7 @@ MODEL = "--model.init_args"
         ([f"{MODEL}.sampler.steps=1"], "model.sampler.steps"),
         ([f"{MODEL}.sampler.steps=5"], "model.sampler"),
         ([f"{MODEL}.sampler.name=flow-euler"], "flow-euler cannot sample"),
+        ([f"{MODEL}.sampler.name=euler-maruyama"], "model.sampler: euler-maruyama draws noise"),
         ([f"{MODEL}.compare=[nonsense]"], "compare"),
         ([f"{MODEL}.temperature=0"], "model.temperature"),
         ([f"{MODEL}.preset=nothing"], "preset"),

@@ -24,6 +24,7 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke" / "mosaicdiff_dit.yaml"
         ([f"{MODEL}.recipe.stages=9"], "9 stages of 4 sampling steps"),
         ([f"{MODEL}.recipe.allocation=best"], "allocation"),
         ([f"{MODEL}.steps=0"], "0 sampling steps"),
+        ([f"{MODEL}.sampler=euler-maruyama"], "model.sampler"),
         ([f"{MODEL}.steps=1"], "2 stages of 1 sampling steps"),
         ([f"{MODEL}.recalibration_images=0"], "model.recalibration_images"),
         ([f"{MODEL}.recipe.match=maybe"], "match"),

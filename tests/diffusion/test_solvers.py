@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.dit import DiT
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.samplers import Predict, integrate, sample_images
+from lightning_prune.diffusion.samplers import Predict, initial_noise, integrate, noise_stream, sample_images
 from lightning_prune.diffusion.solvers import Sampler, SamplerName, make_solver
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError, StepAware
@@ -40,6 +40,65 @@ def test_every_solver_reaches_the_data(name: SamplerName) -> None:
     samples = integrate(gaussian(process), process, noise, LABELS, Sampler(name, 200))
     assert samples.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert samples.std().item() == pytest.approx(VARIANCE**0.5, rel=0.15)
+
+
+def test_euler_maruyama_reaches_the_data_where_the_released_sampler_does() -> None:
+    """Written down anew in the continuous time of the released code, in double precision, on noise of its own."""
+    process = Process("linear", "epsilon", clip_sample=False)
+    draw = torch.Generator().manual_seed(0)
+
+    def noise() -> torch.Tensor:
+        return torch.randn(4000, 1, generator=draw)
+
+    found = integrate(gaussian(process), process, noise(), LABELS, Sampler("euler-maruyama", 1000), draw=noise)
+
+    grid = torch.cat([torch.zeros(1), torch.linspace(1e-3, 1, 1000)]).double()
+    x = noise().double()
+    for t, before in zip(grid.flip(0), grid.flip(0)[1:], strict=False):
+        beta, dt = 0.1 + 19.9 * t, t - before
+        signal_2 = (-0.1 * t - 19.9 * t**2 / 2).exp()
+        variance = signal_2 * VARIANCE + 1 - signal_2
+        score = -(x - signal_2.sqrt() * MEAN) / variance
+        x = x + dt * (beta / 2 * x + beta * score) + (beta * dt).sqrt() * (noise() if before > 0 else 0)
+
+    assert found.mean().item() == pytest.approx(x.mean().item(), abs=0.005) == pytest.approx(MEAN, abs=0.01)
+    assert found.std().item() == pytest.approx(x.std().item(), rel=0.05) == pytest.approx(VARIANCE**0.5, rel=0.05)
+
+
+def test_a_step_of_euler_maruyama_by_hand() -> None:
+    process = Process("linear", "epsilon", clip_sample=False)
+    solver = make_solver(Sampler("euler-maruyama", 2), process, lambda: torch.full((1, 1), 0.7))
+    assert solver.timesteps.tolist() == [999, 499]
+    x, noise, abar = torch.full((1, 1), 0.3), torch.full((1, 1), -1.2), process.alphas_cumprod
+    beta = float(1 - abar[999] / abar[499])
+    wanted = 0.3 + beta / 2 * 0.3 + beta * 1.2 / float((1 - abar[999]) ** 0.5) + beta**0.5 * 0.7
+    assert solver.step(noise, solver.timesteps[0], x).item() == pytest.approx(wanted, rel=1e-5)
+    beta = float(1 - abar[499])
+    wanted = 0.3 + beta / 2 * 0.3 + beta * 1.2 / beta**0.5
+    assert solver.step(noise, solver.timesteps[1], x).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_noise_of_steps_is_that_of_the_sample_whatever_it_is_drawn_with() -> None:
+    model, process, sampler = tiny_dit().eval(), Process("linear"), Sampler("euler-maruyama", 5)
+    ids, labels = torch.arange(4), torch.arange(4) % 2
+    together = sample_images(model, process, ids, labels, sampler, seed=3)
+    alone = [sample_images(model, process, ids[i : i + 1], labels[i : i + 1], sampler, seed=3) for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    other = sample_images(model, process, ids, labels, sampler, seed=4)
+    assert not torch.allclose(together, other, atol=0.1)
+
+
+def test_noise_goes_on_where_the_starting_noise_ends_and_never_repeats() -> None:
+    draw = noise_stream(torch.tensor([5, 9]), (2, 3), seed=1)
+    drawn = [draw() for _ in range(3)]
+    assert torch.equal(drawn[0], initial_noise(torch.tensor([5, 9]), (2, 3), seed=1))
+    assert len({tensor.flatten()[0].item() for tensor in drawn}) == 3
+
+
+def test_without_noise_to_draw_euler_maruyama_is_refused() -> None:
+    process = Process("linear")
+    with pytest.raises(InputError, match="euler-maruyama draws noise at every step"):
+        integrate(gaussian(process), process, torch.zeros(1, 1), LABELS, Sampler("euler-maruyama", 5))
 
 
 def test_listed_timesteps_are_visited_and_those_of_the_grid_change_nothing() -> None:

@@ -522,6 +522,8 @@ def _check(
     budget_range: tuple[float, float] | None,
     noises: int | None,
 ) -> None:
+    if sampler.draws_noise:
+        raise InputError(f"model.sampler: {sampler.name} draws noise at every step, under which no value can be reused")
     if sampler.calls(process) < 2:
         raise InputError("model.sampler.steps: 1 step leaves nothing to reuse; at least 2 are needed")
     for budget in budgets:

@@ -22,7 +22,7 @@ from lightning_prune.diffusion.conditions import Condition, move, rows_of, stack
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import OnStep, guided, integrate, sample_images
-from lightning_prune.diffusion.solvers import Sampler, SamplerName
+from lightning_prune.diffusion.solvers import Deterministic, Sampler
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.mosaicdiff import drawings
 from lightning_prune.methods.mosaicdiff.plan import (
@@ -85,7 +85,7 @@ class MosaicDiff(PruningModule):
         target: float = 0.33,
         recipe: Recipe = Recipe(),  # noqa: B008 - frozen
         rivals: dict[str, Recipe] | None = None,
-        sampler: SamplerName = "ddim",
+        sampler: Deterministic = "ddim",
         steps: int = 20,
         guidance: float = 1.0,
         calibration: Literal["noised", "sampler"] = "noised",

@@ -13,7 +13,7 @@ from lightning_prune.diffusion.conditions import replace, rows_of
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
-from lightning_prune.diffusion.solvers import Sampler, SamplerName
+from lightning_prune.diffusion.solvers import Deterministic, Sampler
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.mosaicdiff.plan import check_calls, draw_in_bins, sampler_of, visited_timesteps
 from lightning_prune.module import Batch, PruningModule
@@ -38,7 +38,7 @@ class Recovery(PruningModule):
     whole_for = "to keep what stages share in one piece"
 
     def __init__(
-        self, denoiser: Denoiser, process: Process, teacher: Denoiser, sampler: SamplerName = "ddim", **kwargs: Any
+        self, denoiser: Denoiser, process: Process, teacher: Denoiser, sampler: Deterministic = "ddim", **kwargs: Any
     ) -> None:
         super().__init__(denoiser, process, **kwargs)
         if not isinstance(denoiser, StagedDenoiser):

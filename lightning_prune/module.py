@@ -26,7 +26,7 @@ from lightning_prune.diffusion.variants import Variant
 from lightning_prune.metrics.macs import Ledger, count_denoiser
 from lightning_prune.protocols import InputError, Plan, ResultHook, TaskBar
 from lightning_prune.pruning.frozen import Frozen, Shared
-from lightning_prune.pruning.masks import masked_layers
+from lightning_prune.pruning.masks import patterns_now
 from lightning_prune.seeds import derive, run_seed
 from lightning_prune.sharding import (
     FSDP2,
@@ -268,8 +268,7 @@ class PruningModule(pl.LightningModule):
 
     def kept_fraction(self) -> dict[str, float]:
         """Share of the dense network's MACs that one call costs now, by convention."""
-        masks = {n: layer.sparsity for n, layer in masked_layers(self.denoiser.network).items() if layer.sparsity}
-        return {"aten": float(self.ledger().kept_share(masks))}
+        return {"aten": float(self.ledger().kept_share(patterns_now(self.denoiser.network)))}
 
     # Moments at which weights change in place
 

@@ -35,6 +35,7 @@ def test_a_pruned_artifact_is_fine_tuned_and_stored_as_slim(tmp_path: Path) -> N
     tuned = CONFIGS / "baselines" / "diff-pruning.yaml"
     options = ("--run.name=tuned", "--data.batch_size=8", "--trainer.max_steps=2", "--trainer.val_check_interval=2")
     source = f"--model.denoiser.path={tmp_path / 'cut' / 'artifact'}"
+    assert main(["plan", "--config", str(tuned), source]) == 0
     few = ("--data.validation_samples=16", "--model.warmup_steps=1", f"{report}.fewer_steps=false")
     assert fit(tuned, tmp_path, *options, source, *quick, *few) == 0
     result = load(tmp_path / "tuned" / "artifact")

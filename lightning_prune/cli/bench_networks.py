@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,11 @@ class Pair:
         calls = task.sampler.calls(task.process)
         dense = macs_per_image(count_denoiser(self.dense).macs(), calls, task.scale)
         if isinstance(self.pruned, StepAware):
-            pruned = trajectory_cost(self.pruned, task.process, task.sampler).macs()
+            pruned = Fraction(0)
+            for phase in trajectory_cost(self.pruned, task.process, task.sampler).phases:
+                # An artifact with zeros in the place of masks says where these were.
+                left = phase.ledger.kept(phase.masks or self.masks)
+                pruned += macs_per_image(left, phase.calls, task.scale)
         else:
             pruned = macs_per_image(count_denoiser(self.pruned).kept(self.masks), calls, task.scale)
         return {

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_prune import methods
 from lightning_prune.cli.checkpoints import check_checkpoint, read_checkpoint
+from lightning_prune.diffusion.gated import StepGated
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.export import load, save_artifact, switchable
 from lightning_prune.export.artifact import read_manifest
@@ -79,6 +80,8 @@ def _pack(options: argparse.Namespace) -> None:
     denoiser, manifest = load(options.artifact), read_manifest(options.artifact)
     if not manifest.get("masks") or "semi_structured" in manifest:
         raise InputError(f"--artifact: {options.artifact}: holds no dense 2:4 layers to pack")
+    if isinstance(denoiser, StagedDenoiser | StepGated):
+        raise InputError(f"--artifact: {options.artifact}: slim stages and gated networks are not packed yet")
     dtype = getattr(torch, options.dtype)
     chosen = write_packed(denoiser, manifest, options.artifact, options.output, dtype, options.device)
     print(f"packed {len(chosen.packed)} layers, left {len(chosen.dense)} masked layers dense")

@@ -27,11 +27,13 @@ from lightning_prune.metrics.reach import (
     reached_macs,
     reached_parameters,
     weight_reach,
+    width_groups,
     width_reach,
 )
 from lightning_prune.metrics.training_memory import TrainingMemory, activation_bytes, optimizer_bytes
+from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.module import PruningModule
-from lightning_prune.protocols import InputError, Plan
+from lightning_prune.protocols import InputError, Plan, StepAware
 from lightning_prune.pruning.masks import masked_layers, select_units
 
 SCHEMA = 1
@@ -80,19 +82,27 @@ def describe(module: PruningModule, config: Mapping[str, Any], source: str) -> d
     denoiser = module.denoiser
     ledger, plan, sampler = module.ledger(), module.planned(), sampler_of(config, module)
     calls = sampler.calls(module.process)
-    per_image = macs_per_image(ledger.macs(), calls, sampler.guidance)
-    found, refusal = graphs(denoiser)
+    per_image = _per_image(module, ledger, sampler)
     return {
         "schema": SCHEMA,
         "config": source,
         "method": type(module).__name__,
         "network": _network(denoiser, ledger),
         "sampling": {**asdict(sampler), "solver": sampler.describe(), "calls": calls, "macs_per_image": per_image},
-        "reach": _reaches(denoiser, ledger, module, found, refusal),
+        "reach": _reaches(denoiser, ledger, module),
         "target": _target(module, plan, per_image),
         "training_memory": _memory(module, plan, config),
-        "blocks": {name: _blocks(denoiser, ledger, graph) for name, graph in found.items()},
+        "blocks": {name: _blocks(denoiser, ledger, graph) for name, graph in graphs(denoiser)[0].items()},
     }
+
+
+def _per_image(module: PruningModule, ledger: Ledger, sampler: Sampler) -> int:
+    """MACs (aten) of an image, masks not applied."""
+    denoiser, calls = module.denoiser, sampler.calls(module.process)
+    if not isinstance(denoiser, StepAware):
+        return macs_per_image(ledger.macs(), calls, sampler.guidance)
+    phases = trajectory_cost(denoiser, module.process, sampler).phases
+    return sum(macs_per_image(phase.ledger.macs(), phase.calls, sampler.guidance) for phase in phases)
 
 
 def sampler_of(config: Mapping[str, Any], module: PruningModule) -> Sampler:
@@ -119,25 +129,25 @@ def _network(denoiser: Denoiser, ledger: Ledger) -> dict[str, Any]:
         "bytes": _SINGLE * parameters,
         "macs_per_call": {convention: ledger.macs(convention) for convention in ("linear", "module", "aten")},
         "layers": dict(Counter(unit.kind for unit in denoiser.anatomy())),
-        "width_groups": dict(Counter(group.kind for group in denoiser.groups())),
+        "width_groups": dict(Counter(group.kind for group in width_groups(denoiser)[0])),
     }
 
 
-def _reaches(
-    denoiser: Denoiser, ledger: Ledger, module: PruningModule, found: Mapping[str, BlockGraph], refusal: str
-) -> list[dict[str, Any]]:
+def _reaches(denoiser: Denoiser, ledger: Ledger, module: PruningModule) -> list[dict[str, Any]]:
+    (groups, uncut), (found, ungated) = width_groups(denoiser), graphs(denoiser)
     chosen = masked_layers(denoiser.network)
     m = next((layer.sparsity.m for layer in chosen.values() if layer.sparsity), _USUAL_GROUP)
     names = set(chosen) or {u.name for u in select_units(denoiser.anatomy(), None, denoiser.default_dense(), m)}
-    rows: list[tuple[Axis, str, list[Reach], BlockGraph | None]] = [
-        ("weights", f"groups of {m} inputs", weight_reach(denoiser, names, m), None),
-        ("widths", "inner widths", width_reach(denoiser), None),
-        *(("gates", name, gate_reach(denoiser, graph), graph) for name, graph in found.items()),
+    rows: list[tuple[Axis, str, list[Reach], BlockGraph | None]]
+    rows = [("weights", f"groups of {m} inputs", weight_reach(denoiser, names, m), None)]
+    if not uncut:
+        rows.append(("widths", "inner widths", width_reach(denoiser, groups), None))
+    rows += [("gates", name, gate_reach(denoiser, graph), graph) for name, graph in found.items()]
+    refused: list[tuple[Axis, str]] = [("widths", uncut), ("gates", ungated)]
+    return [
+        *(_reach(denoiser, ledger, *row) for row in rows),
+        *({"axis": axis, "method": _METHODS[axis], "what": why, "macs_share": 0.0} for axis, why in refused if why),
     ]
-    reaches = [_reach(denoiser, ledger, *row) for row in rows]
-    if refusal:
-        reaches.append({"axis": "gates", "method": _METHODS["gates"], "what": refusal, "macs_share": 0.0})
-    return reaches
 
 
 def _reach(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.base import Denoiser
-from lightning_prune.protocols import InputError, WidthGroup
+from lightning_prune.protocols import InputError, StepAware, WidthGroup
 
 
 def stage_of_step(lengths: Sequence[int], index: int, calls: int) -> int:
@@ -110,7 +110,7 @@ class StagedDenoiser(Denoiser):
         return self._shells[0].arguments()
 
     def default_dense(self) -> Sequence[str]:
-        return self._shells[0].default_dense()
+        return [rf"\d+\.(?:{pattern})" for pattern in self._shells[0].default_dense()]
 
     def groups(self) -> Sequence[WidthGroup]:
         raise InputError("denoiser: its stages have been cut already; prune the dense network instead")
@@ -121,6 +121,16 @@ class StagedDenoiser(Denoiser):
         other._family, other._stage = self._family, self._stage
         memo[id(self)] = other
         return other.train(self.training)
+
+
+def check_every_timestep(denoiser: Denoiser) -> None:
+    """Raise `InputError` for a denoiser whose work depends on the sampling step: training draws timesteps at random."""
+    if isinstance(denoiser, StagedDenoiser):
+        if len(denoiser.networks) > 1:
+            count = len(denoiser.networks)
+            raise InputError(f"model.denoiser: slim networks of {count} stages train by mosaicdiff.Recovery alone")
+    elif isinstance(denoiser, StepAware):
+        raise InputError("model.denoiser: its gates are for the steps of one sampler; begin with the network without")
 
 
 def _shell(dense: Denoiser, network: nn.Module) -> Denoiser:

@@ -27,7 +27,7 @@ from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.export import packed, staged, switchable
 from lightning_prune.export.gates import GATES, apply_gates
 from lightning_prune.protocols import InputError
-from lightning_prune.pruning.masks import effective_state, masked_layers
+from lightning_prune.pruning.masks import effective_state, patterns_now
 
 SCHEMA = 1
 MANIFEST = "pruning.json"
@@ -59,7 +59,7 @@ def save_artifact(
         network_class, weights = denoiser.network_class.__name__, _WEIGHTS
         state = effective_state(denoiser.network)
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _WEIGHTS)
-        own = {"masks": {name: str(layer.sparsity) for name, layer in masked_layers(denoiser.network).items()}}
+        own = {}
     config = {"_class_name": network_class, **denoiser.config()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name, text in (files or {}).items():
@@ -70,6 +70,7 @@ def save_artifact(
         "method": [method],
         "base": _base(denoiser, network_class),
         "files": {name: sha256(folder / name) for name in (weights, "config.json", *(files or {}))},
+        "masks": {name: str(pattern) for name, pattern in patterns_now(denoiser.network).items()},
         **own,
         **details,
     }

@@ -22,6 +22,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.metrics.block_costs import traced_costs
 from lightning_prune.protocols import InputError
+from lightning_prune.pruning.masks import masked_layers
 
 GATES = "gates.json"
 SCHEMA = 1
@@ -211,13 +212,16 @@ def solver_config(sampler: Sampler, process: Process) -> dict[str, Any]:
 def fingerprint(denoiser: Denoiser, scheduler: Mapping[str, Any], calls: int, guidance: float) -> str:
     """SHA-256 of the network's class and weights, the scheduler, the calls, and whether there is guidance.
 
-    The configuration is compared on its own: a newer diffusers may have added keys to it.
+    Weights count as the network computes with them and artefacts store them, with zeros where they are masked. The
+    configuration is compared on its own: a newer diffusers may have added keys to it.
     """
     digest = hashlib.sha256()
     facts = [denoiser.network_class.__name__, dict(scheduler), calls, guidance != 1.0]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    masked = {f"{name}.weight": layer for name, layer in masked_layers(denoiser.network).items()}
     for name, tensor in sorted(denoiser.network.state_dict().items()):
         digest.update(name.encode())
+        tensor = masked[name].effective_weight() if name in masked else tensor
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

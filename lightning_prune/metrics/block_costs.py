@@ -14,6 +14,7 @@ from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.metrics.latency import interleaved_medians
 from lightning_prune.metrics.macs import Convention, Ledger, count_denoiser
+from lightning_prune.pruning.masks import patterns_now
 
 _TURNS = 7
 
@@ -29,21 +30,25 @@ def block_costs(ledger: Ledger, graph: BlockGraph, convention: Convention = "ate
 
 
 def traced_costs(denoiser: Denoiser, granularity: str, mode: CacheMode, convention: Convention = "aten") -> BlockCosts:
-    """MACs that skipping each block alone saves in one call for one image, by tracing it skipped.
+    """MACs, under masks where layers have them, that skipping each block alone saves in one call for one image.
 
-    A module inside a block may also work for the layers behind all blocks, as the embedding of DiT's first block
-    does; that part stays with the shell.
+    By tracing it skipped: a module inside a block may also work for the layers behind all blocks, as the embedding of
+    DiT's first block does; that part stays with the shell.
     """
     graph = denoiser.blocks(granularity).in_mode(mode)
-    dense = count_denoiser(denoiser).macs(convention)
+
+    def counted(traced: Denoiser) -> int:
+        return int(count_denoiser(traced).kept(patterns_now(denoiser.network), convention))
+
+    dense = counted(denoiser)
     blocks = []
     for position in range(len(graph)):
         row = tuple(i != position for i in range(len(graph)))
         pruned: Any = gated(denoiser, GateSchedule(granularity, mode, graph.names, (graph.full(), row)))
         for step in (0, 1):
             pruned.at_step(step, 2)
-            ledger = count_denoiser(pruned)
-        blocks.append(dense - ledger.macs(convention))
+            left = counted(pruned)
+        blocks.append(dense - left)
     shell = dense - sum(blocks)
     return BlockCosts(tuple(blocks), shell)
 

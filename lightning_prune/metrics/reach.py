@@ -17,7 +17,7 @@ from lightning_prune.blocks import BlockGraph
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.metrics.block_costs import block_costs
 from lightning_prune.metrics.macs import Convention, Ledger
-from lightning_prune.protocols import InputError
+from lightning_prune.protocols import InputError, WidthGroup
 
 Axis = Literal["weights", "widths", "gates"]
 Reason = Literal["", "shape", "tie", "fused", "convolution", "kept", "shell"]
@@ -57,9 +57,17 @@ def weight_reach(denoiser: Denoiser, chosen: Collection[str], m: int) -> list[Re
     ]
 
 
-def width_reach(denoiser: Denoiser) -> list[Reach]:
-    """Cuts of the inner widths that the family describes."""
-    layers = {cut.parameter.rpartition(".")[0] for group in denoiser.groups() for cut in group.cuts}
+def width_groups(denoiser: Denoiser) -> tuple[Sequence[WidthGroup], str]:
+    """The inner widths that the family describes, and why they cannot be cut where that is so."""
+    try:
+        return denoiser.groups(), ""
+    except InputError as error:
+        return (), str(error)
+
+
+def width_reach(denoiser: Denoiser, groups: Sequence[WidthGroup]) -> list[Reach]:
+    """Cuts of inner widths."""
+    layers = {cut.parameter.rpartition(".")[0] for group in groups for cut in group.cuts}
     return [
         Reach(unit.name, True) if unit.name in layers else Reach(unit.name, False, _why_whole(denoiser, unit.name))
         for unit in denoiser.anatomy()

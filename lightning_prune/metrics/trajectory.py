@@ -11,7 +11,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.metrics.macs import Convention, Ledger, count_denoiser, macs_per_image
 from lightning_prune.protocols import Sparsity, StepAware
-from lightning_prune.pruning.masks import masked_layers
+from lightning_prune.pruning.masks import patterns_now
 
 
 @dataclass(frozen=True)
@@ -61,5 +61,4 @@ def trajectory_cost(denoiser: Denoiser, process: Process, sampler: Sampler) -> T
 
 
 def _phase(denoiser: Denoiser, calls: int) -> Phase:
-    masks = {name: layer.sparsity for name, layer in masked_layers(denoiser.network).items() if layer.sparsity}
-    return Phase(count_denoiser(denoiser), masks, calls)
+    return Phase(count_denoiser(denoiser), patterns_now(denoiser.network), calls)

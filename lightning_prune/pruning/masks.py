@@ -409,6 +409,20 @@ def masked_layers(network: nn.Module) -> dict[str, MaskedLayer]:
     return {name: layer for name, layer in maskable_layers(network).items() if layer.sparsity is not None}
 
 
+def patterns_now(network: nn.Module) -> dict[str, Sparsity]:
+    """What layers of `network` are masked by now, by qualified name."""
+    return {name: layer.sparsity for name, layer in maskable_layers(network).items() if layer.sparsity is not None}
+
+
+def check_unmasked(network: nn.Module) -> None:
+    """Raise `InputError` for a network that has masks already, as one of a switchable artefact."""
+    if masked := maskable_layers(network):
+        raise InputError(
+            f"model.denoiser: {len(masked)} of its layers have masks already; go on from the checkpoint of that run, "
+            "or begin with its artefact in the format dense"
+        )
+
+
 @torch.no_grad()
 def effective_state(network: nn.Module) -> dict[str, Tensor]:
     """State dict of `network` with every masked weight as the network computes with it: zeros written out."""

@@ -21,7 +21,8 @@ from lightning_prune.diffusion.unroll import Unroll
 from lightning_prune.metrics.block_costs import block_costs, traced_costs
 from lightning_prune.metrics.macs import count_denoiser
 from lightning_prune.metrics.trajectory import trajectory_cost
-from lightning_prune.protocols import InputError, StepAware
+from lightning_prune.protocols import InputError, Sparsity, StepAware
+from lightning_prune.pruning.masks import MaskSet, select_units
 from tests.factories import tiny_dit, tiny_unet
 
 PROCESS = Process(schedule="cosine", prediction="v")
@@ -248,6 +249,18 @@ def test_counted_macs_are_those_of_the_costs(make: Any, granularity: str, mode: 
     counted = trajectory_cost(gated(dense, chosen, PROCESS), PROCESS, SAMPLER).macs()
     assert counted == sum(costs.step(row) for row in chosen.rows)
     assert counted < trajectory_cost(dense, PROCESS, SAMPLER).macs()
+
+
+def test_costs_of_a_masked_network_are_those_under_its_masks() -> None:
+    masked = tiny_dit()
+    unmasked = traced_costs(masked, "half", "residual")
+    MaskSet(masked.network, select_units(masked.anatomy(), None, masked.default_dense(), 4), Sparsity(2, 4))
+    costs = traced_costs(masked, "half", "residual")
+    chosen = schedule(masked, "half", "residual", 0.5)
+    counted = trajectory_cost(gated(masked, chosen, PROCESS), PROCESS, SAMPLER).macs()
+    assert counted == sum(costs.step(row) for row in chosen.rows)
+    assert all(now < before for now, before in zip(costs.blocks, unmasked.blocks, strict=True))
+    assert costs.shell == unmasked.shell, "nothing outside the blocks is masked here"
 
 
 @pytest.mark.parametrize("granularity", ["coarse", "fine"])

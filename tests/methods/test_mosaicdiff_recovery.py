@@ -12,6 +12,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff.recovery import Recovery
+from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.protocols import InputError
 from tests.factories import tiny_dit
 
@@ -54,6 +55,22 @@ def test_stages_learn_and_stay_slim_and_shared(pruned: Path, tmp_path: Path) -> 
     assert (
         rows["recovered"]["macs_per_image"] == rows["training-free"]["macs_per_image"] < rows["dense"]["macs_per_image"]
     )
+
+
+def test_a_plan_counts_every_stage_and_says_that_widths_are_cut(
+    pruned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, source = CONFIGS / "fashion_dit_recovered.yaml", f"--model.denoiser.path={pruned}"
+    options = ["--config", str(config), source, "--trainer.callbacks.init_args.steps=4"]
+    assert main(["plan", *options]) == 0
+    assert "MosaicDiff widths   nothing: denoiser: its stages have been cut already" in capsys.readouterr().out
+    assert main(["plan", "--json", *options]) == 0
+    stages = load(pruned)
+    cost = trajectory_cost(stages, PROCESS, Sampler("ddim", 4))
+    assert len(cost.phases) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["sampling"]["macs_per_image"] == cost.macs()
+    assert found["network"]["width_groups"] == {}
 
 
 def test_the_loss_is_the_distance_from_the_teacher_by_stage(pruned: Path) -> None:

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_prune.diffusion.models import Denoiser
+from lightning_prune.diffusion.routing import check_every_timestep
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.dense.inherit import inherit
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.frozen import Frozen
+from lightning_prune.pruning.masks import check_unmasked
 
 
 class Dense(PruningModule):
@@ -44,6 +46,8 @@ class Dense(PruningModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(denoiser, *args, **kwargs)
+        check_every_timestep(denoiser)
+        check_unmasked(denoiser.network)
         denoiser.train()  # one that was loaded from an artifact comes in evaluation mode
         if distill_weight < 0:
             raise InputError(f"model.distill_weight: {distill_weight} is negative")

@@ -21,6 +21,7 @@ from lightning_prune.checksums import DIGESTS, digest_of
 from lightning_prune.diffusion.conditions import Condition, move, rows_of, stack
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.routing import check_every_timestep
 from lightning_prune.diffusion.samplers import OnStep, guided, integrate, sample_images
 from lightning_prune.diffusion.solvers import Deterministic, Sampler
 from lightning_prune.diffusion.variants import Variant
@@ -42,6 +43,7 @@ from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError, Plan
 from lightning_prune.pruning.curvature import Curvature
 from lightning_prune.pruning.frozen import Shared
+from lightning_prune.pruning.masks import check_unmasked
 from lightning_prune.pruning.stages import Stage, stage_at, stages_of
 from lightning_prune.seeds import derive
 from lightning_prune.world import World
@@ -114,8 +116,10 @@ class MosaicDiff(PruningModule):
             raise InputError("model.guidance_weighted: there is no guidance to weigh by; set model.guidance")
         if calibration == "sampler" and any(r.criterion == "taylor" for r in (recipe, *(rivals or {}).values())):
             raise InputError("model.calibration: recipe.criterion 'taylor' needs gradients on images: 'noised'")
+        check_unmasked(denoiser.network)
         if not denoiser.groups():
             raise InputError("model.denoiser: the network has no width that can be cut")
+        check_every_timestep(denoiser)
         self.target, self.recipe, self.rivals = target, recipe, dict(rivals or {})
         _check_names(self.rivals, self.result_name)
         self.sampler = self.predict_sampler = Sampler(sampler, steps, guidance)

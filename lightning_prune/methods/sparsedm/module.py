@@ -22,6 +22,7 @@ from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.models.text import TextDenoiser
 from lightning_prune.diffusion.process import Process
+from lightning_prune.diffusion.routing import check_every_timestep
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.sparsedm.calibrated import Calibrated
 from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
@@ -39,7 +40,7 @@ from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
 from lightning_prune.module import Batch, LrSchedule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
-from lightning_prune.pruning.masks import MaskSet, Patterns, select_units
+from lightning_prune.pruning.masks import MaskSet, Patterns, check_unmasked, select_units
 from lightning_prune.seeds import derive
 from lightning_prune.sharding import ZeRO
 
@@ -107,6 +108,9 @@ class SparseDM(Calibrated):
         seed: int | None = None,
         compile: bool = False,
     ) -> None:
+        check_every_timestep(denoiser)
+        check_unmasked(denoiser.network)
+        denoiser.train()  # one that was loaded from an artifact comes in evaluation mode
         average = None if one_shot else ema_decay
         super().__init__(denoiser, process, optimizer, lr_schedule, warmup_steps, average, label_dropout, seed, compile)
         self.mask_scores, self.calibration, self.allocation = mask_scores, calibration, allocation

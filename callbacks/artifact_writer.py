@@ -1,4 +1,4 @@
-"""What people take away from a run: the artefact."""
+"""What people take away from a run: the artifact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ArtifactWriter(Callback):
         require(pl_module, VariantSource, self)
 
     def on_result(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the artefact; called with the averaged weights in place, after reports."""
+        """Write the artifact; called with the averaged weights in place, after reports."""
         source, folder = require(pl_module, VariantSource, self), Path(trainer.default_root_dir)
         result = list(source.variants().values())[-1].denoiser  # together: it may be gathered from all processes
         if not trainer.is_global_zero:

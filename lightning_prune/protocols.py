@@ -211,7 +211,7 @@ class Predictor(Protocol):
 
 @runtime_checkable
 class ArtifactFiles(Protocol):
-    """Something whose artefact holds further files."""
+    """Something whose artifact holds further files."""
 
     def artifact_files(self) -> Mapping[str, str]:
         """Texts by file name."""

@@ -10,7 +10,7 @@
 if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
 LIGHTNING_PRUNE=(lightning_prune)
 
-# Compute nodes reach no hub: weights and data are in place before (lightning_prune prefetch).
+# Compute nodes reach no hub: weights and data are in place before (Inception by lightning_prune prefetch).
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 # export NCCL_SOCKET_IFNAME=ib0

@@ -5,7 +5,7 @@
 Widths are cut evenly; which units go does not matter for time. `macs_kept` stands beside the ratio of seconds.
 Pruning is statistics of all layers in five stages on random latents, then even surgery at a third of the MACs and
 recalibration, run once; what the measured allocation probes is not in it. It is done on the first blocks of DiT-XL/2
-alone (`--layers`, of 28), as all of them take longer than a short loan of a GPU lasts: orders of removal cost in
+alone (`--layers`, of 28), as all of them take longer than ten minutes: orders of removal cost in
 proportion to blocks, recalibration to their square. It stands beside sampling with the dense network of as many blocks.
 """
 

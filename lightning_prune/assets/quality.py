@@ -35,7 +35,7 @@ PROCESS = Process(schedule="cosine", prediction="v")
 def main() -> None:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("network", help="folder in lightning_prune/assets, or any artefact folder")
+    parser.add_argument("network", help="folder in lightning_prune/assets, or any artifact folder")
     parser.add_argument("--root", default="/usr/share/datasets/fashion-mnist")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=20)

@@ -1,4 +1,4 @@
-"""`lightning_prune export`: a checkpoint into an artefact, or an artefact into another format. It only converts."""
+"""`lightning_prune export`: a checkpoint into an artifact, or an artifact into another format. It only converts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_prune.protocols import ArtifactFiles, InputError
 
 
 def run(args: Sequence[str]) -> int:
-    """Parse `args` and write the artefact. Returns the exit status."""
+    """Parse `args` and write the artifact. Returns the exit status."""
     options = parse(args)
     if options.output.exists():
         raise InputError(f"--output: {options.output} exists already")

@@ -67,7 +67,7 @@ class FashionMNIST(ArrayData):
         root: folder with the four idx files, gzipped or not (torchvision's layout is found too).
         batch_size: samples per process and batch.
         seed: seed of the order; null takes that of `seed_everything`.
-        workers: worker processes of the loader.
+        workers: worker threads of the loader.
         validation_samples: held-out images that one validation pass reads.
     """
 

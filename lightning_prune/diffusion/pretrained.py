@@ -187,7 +187,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_manifest(folder: Path) -> None:
-    """Compare the weights with their checksum where the folder is an artefact of ours."""
+    """Compare the weights with their checksum where the folder is an artifact of ours."""
     manifest, weights = folder / "pruning.json", folder / WEIGHT_FILE
     if not manifest.exists():
         return

@@ -83,7 +83,7 @@ class Process:
 
     @classmethod
     def from_scheduler(cls, config: Mapping[str, Any], alphas_cumprod: Tensor | None = None) -> Process:
-        """The process whose `scheduler_config` is `config`, as artefacts record it.
+        """The process whose `scheduler_config` is `config`, as artifacts record it.
 
         Args:
             config: of a process, or of a scheduler of diffusers.

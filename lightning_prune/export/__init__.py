@@ -1,4 +1,4 @@
-"""What a run leaves behind: the artefact, the report."""
+"""What a run leaves behind: the artifact, the report."""
 
 from lightning_prune.export.artifact import load, save_artifact
 from lightning_prune.export.switchable import set_sparsity, set_sparsity_by_step

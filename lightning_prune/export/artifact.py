@@ -1,4 +1,4 @@
-"""The artefact: a folder of safetensors and JSON that loads in diffusers and here, and executes nothing.
+"""The artifact: a folder of safetensors and JSON that loads in diffusers and here, and executes nothing.
 
     config.json  diffusion_pytorch_model.safetensors     what `from_pretrained` of the diffusers class reads
     gates.json                                           which blocks run at which step, where a schedule was found
@@ -37,7 +37,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 def save_artifact(
     denoiser: Denoiser, folder: Path, method: str, details: Mapping[str, Any], files: Mapping[str, str] | None = None
 ) -> Path:
-    """Write an artefact.
+    """Write an artifact.
 
     Args:
         denoiser: the network to store.
@@ -75,7 +75,7 @@ def save_artifact(
         **details,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    # Whole or not at all: a reader never finds half an artefact.
+    # Whole or not at all: a reader never finds half an artifact.
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     return final
@@ -104,29 +104,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file}: schema {schema} is newer than this version reads ({SCHEMA}); update lightning_prune")
     for name, expected in files.items():
         if Path(name).name != name:
-            raise InputError(f"{file}: {name!r} is not a file of the artefact")
+            raise InputError(f"{file}: {name!r} is not a file of the artifact")
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise InputError(f"{folder / name}: missing, or its checksum differs from {MANIFEST}")
     return manifest
 
 
 def load(path: str | Path, device: str | None = None, gates: str = GATES) -> Denoiser:
-    """Return the denoiser of an artefact, in evaluation mode; under its schedule of gates where it has one.
+    """Return the denoiser of an artifact, in evaluation mode; under its schedule of gates where it has one.
 
     Args:
-        path: the artefact's folder.
+        path: the artifact's folder.
         device: where to; there, packed 2:4 layers run on sparse kernels, in the type they were packed in. Null leaves
             the network where it is built, with zeros in the place of what was packed away.
         gates: file name of the schedule to run, where it has several.
 
     Raises:
-        InputError: a schedule that is not there, a missing, damaged or newer artefact, a network class no backbone file
+        InputError: a schedule that is not there, a missing, damaged or newer artifact, a network class no backbone file
             describes, or packed layers for a device without a sparse kernel.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     if gates != GATES and gates not in manifest["files"]:
-        raise InputError(f"{folder / gates}: no schedule of this artefact")
+        raise InputError(f"{folder / gates}: no schedule of this artifact")
     denoiser = _read(folder, manifest, gates).eval()
     if device is None:
         return denoiser

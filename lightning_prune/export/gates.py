@@ -212,7 +212,7 @@ def solver_config(sampler: Sampler, process: Process) -> dict[str, Any]:
 def fingerprint(denoiser: Denoiser, scheduler: Mapping[str, Any], calls: int, guidance: float) -> str:
     """SHA-256 of the network's class and weights, the scheduler, the calls, and whether there is guidance.
 
-    Weights count as the network computes with them and artefacts store them, with zeros where they are masked. The
+    Weights count as the network computes with them and artifacts store them, with zeros where they are masked. The
     configuration is compared on its own: a newer diffusers may have added keys to it.
     """
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""An artefact whose 2:4 layers are stored packed: about half the bytes, and ready for a sparse kernel."""
+"""An artifact whose 2:4 layers are stored packed: about half the bytes, and ready for a sparse kernel."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_packed(
     dtype: torch.dtype,
     device: str | None,
 ) -> Plan:
-    """Write the artefact `source`, loaded as `denoiser`, into the new folder `target` with its 2:4 layers packed.
+    """Write the artifact `source`, loaded as `denoiser`, into the new folder `target` with its 2:4 layers packed.
 
     With a device every layer is timed dense and sparse, and stays dense where it does not win; without one all that
     fit are packed, and the manifest says that nothing was measured.
@@ -104,7 +104,7 @@ def _copy(layer: torch.nn.Linear) -> torch.nn.Linear:
 
 
 def read_packed(family: type[Denoiser], folder: Path, manifest: Mapping[str, Any]) -> Denoiser:
-    """The denoiser of a packed artefact, with valid zeros, in its stored type.
+    """The denoiser of a packed artifact, with valid zeros, in its stored type.
 
     Raises:
         InputError: tensors that do not fit the configuration beside them.
@@ -124,7 +124,7 @@ def read_packed(family: type[Denoiser], folder: Path, manifest: Mapping[str, Any
 
 
 def sparse_layers(manifest: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Names of the layers of an artefact that a sparse kernel can run on a device in a type; often none."""
+    """Names of the layers of an artifact that a sparse kernel can run on a device in a type; often none."""
     found = manifest.get("semi_structured")
     if found is None or getattr(torch, found["dtype"]) != dtype or missing(device) is not None:
         return ()
@@ -132,13 +132,13 @@ def sparse_layers(manifest: Mapping[str, Any], device: torch.device | str, dtype
 
 
 def placed(denoiser: Denoiser, manifest: Mapping[str, Any], device: torch.device | str) -> Denoiser:
-    """The denoiser of a packed artefact on a device, in place, its packed layers as semi-structured tensors.
+    """The denoiser of a packed artifact on a device, in place, its packed layers as semi-structured tensors.
 
     Raises:
         InputError: a device without a sparse kernel.
     """
     if reason := missing(device):
-        raise InputError(f"device: {reason}; without a device the artefact loads with valid zeros")
+        raise InputError(f"device: {reason}; without a device the artifact loads with valid zeros")
     dtype = getattr(torch, manifest["semi_structured"]["dtype"])
     denoiser.to(device, dtype)
     accelerate(denoiser.network, sparse_layers(manifest, device, dtype), device)

@@ -1,6 +1,6 @@
 """Networks whose pattern is chosen while they run: one set of dense weights for several sparsities.
 
-The artefact holds the weights as trained, before any mask, and says which layers are masked and how. Masks follow from
+The artifact holds the weights as trained, before any mask, and says which layers are masked and how. Masks follow from
 the weights, so any pattern can be put into force and taken away again without a reload.
 """
 
@@ -23,7 +23,7 @@ def set_sparsity(denoiser: Denoiser, sparsity: str | None | Mapping[str, str | N
     """Change the pattern of a network's masked layers in place, for every step; going back gives the same bits.
 
     Args:
-        denoiser: what `load` gave of a switchable artefact.
+        denoiser: what `load` gave of a switchable artifact.
         sparsity: "n:m" for all layers, None for dense, or these by regular expressions over names of layers. A layer
             whose input dimension is no multiple of m computes densely.
 
@@ -40,7 +40,7 @@ def set_sparsity_by_step(denoiser: Denoiser, patterns: Sequence[tuple[float, str
     """Let the pattern depend on the step of the sampler from now on, in place; reports charge it for what it does.
 
     Args:
-        denoiser: what `load` gave of a switchable artefact.
+        denoiser: what `load` gave of a switchable artifact.
         patterns: (fraction, pattern) pairs: from that fraction of the network calls on the pattern holds, None being
             dense. The first fraction is 0, and they rise.
 
@@ -94,7 +94,7 @@ def released(denoiser: Denoiser) -> dict[str, str | None]:
 
 
 def masked(denoiser: Denoiser, patterns: Mapping[str, str | None]) -> Denoiser:
-    """Mask the layers of a loaded network, in place, as the artefact says. Raises `InputError` for other layers."""
+    """Mask the layers of a loaded network, in place, as the artifact says. Raises `InputError` for other layers."""
     units = {unit.name: unit for unit in denoiser.anatomy()}
     if unknown := sorted(patterns.keys() - units.keys()):
         raise InputError(f"{KEY}: {unknown[0]} is no layer of the network")

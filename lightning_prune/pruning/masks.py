@@ -415,11 +415,11 @@ def patterns_now(network: nn.Module) -> dict[str, Sparsity]:
 
 
 def check_unmasked(network: nn.Module) -> None:
-    """Raise `InputError` for a network that has masks already, as one of a switchable artefact."""
+    """Raise `InputError` for a network that has masks already, as one of a switchable artifact."""
     if masked := maskable_layers(network):
         raise InputError(
             f"model.denoiser: {len(masked)} of its layers have masks already; go on from the checkpoint of that run, "
-            "or begin with its artefact in the format dense"
+            "or begin with its artifact in the format dense"
         )
 
 

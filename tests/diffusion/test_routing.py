@@ -1,4 +1,4 @@
-"""Stages by step index: the right network at every boundary, tensors held once, costs and artefacts of the whole."""
+"""Stages by step index: the right network at every boundary, tensors held once, costs and artifacts of the whole."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_its_cost_is_the_sum_over_stages() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_dit, tiny_unet])
-def test_a_reloaded_artefact_draws_the_same_images(make: Any, tmp_path: Path) -> None:
+def test_a_reloaded_artifact_draws_the_same_images(make: Any, tmp_path: Path) -> None:
     denoiser = staged(make())
     folder = save_artifact(denoiser, tmp_path / "artifact", "mosaicdiff", {})
     loaded = lightning_prune.load(folder)

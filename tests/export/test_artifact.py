@@ -1,4 +1,4 @@
-"""The artefact: exact zeros, loads here and in diffusers, refuses what it cannot trust."""
+"""The artifact: exact zeros, loads here and in diffusers, refuses what it cannot trust."""
 
 import json
 import subprocess
@@ -83,7 +83,7 @@ def test_an_unknown_class_is_refused(stored: Any) -> None:
 
 def test_a_path_out_of_the_folder_is_refused(stored: Any) -> None:
     edit(stored[0], files={"../x": "0"})
-    with pytest.raises(InputError, match="is not a file of the artefact"):
+    with pytest.raises(InputError, match="is not a file of the artifact"):
         lightning_prune.load(stored[0])
 
 

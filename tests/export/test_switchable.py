@@ -1,4 +1,4 @@
-"""Artefacts whose pattern is chosen while they run: exact both ways, by step, and refused where masks are fixed."""
+"""Artifacts whose pattern is chosen while they run: exact both ways, by step, and refused where masks are fixed."""
 
 import json
 from copy import deepcopy
@@ -27,7 +27,7 @@ COND = torch.zeros(2, dtype=torch.long)
 
 
 def stored(folder: Path, **arguments: Any) -> tuple[Path, Any]:
-    """A switchable artefact, and the module it came from."""
+    """A switchable artifact, and the module it came from."""
     module = tiny_sparsedm(**arguments)
     copy = deepcopy(module.denoiser)
     return save_artifact(copy, folder / "artifact", "sparsedm", {switchable.KEY: switchable.released(copy)}), module

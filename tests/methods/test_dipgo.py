@@ -271,7 +271,7 @@ def test_further_budgets_have_schedules_of_their_own(finished: Any) -> None:
         assert loaded.schedule == module.schedules()[f"{budget:g}"] != module.schedules()[f"{module.budget:g}"]
         file = read_gates(folder / "artifact" / f"gates-{budget:g}.json")
         assert module.budget < file.macs_kept["aten"] <= file.budget == budget
-    with pytest.raises(InputError, match=r"gates-0\.9\.json: no schedule of this artefact"):
+    with pytest.raises(InputError, match=r"gates-0\.9\.json: no schedule of this artifact"):
         lightning_prune.load(folder / "artifact", gates="gates-0.9.json")
 
 

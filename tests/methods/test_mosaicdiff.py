@@ -1,4 +1,4 @@
-"""MosaicDiff through `fit`: statistics, recipes, budgets, resuming, artefacts, refusals."""
+"""MosaicDiff through `fit`: statistics, recipes, budgets, resuming, artifacts, refusals."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_nested_stages_contain_each_other(run: tuple[MosaicDiff, Path]) -> None:
     assert all(tuple(row.tolist()) in rows for row in fewer)
 
 
-def test_the_run_leaves_tables_drawings_and_an_artefact(run: tuple[MosaicDiff, Path]) -> None:
+def test_the_run_leaves_tables_drawings_and_an_artifact(run: tuple[MosaicDiff, Path]) -> None:
     pruned, folder = run
     names = {p.name for p in (folder / "stages").iterdir()}
     assert names >= {"published.json", "published.svg", "mosaicdiff-measured.json", "mosaicdiff-measured.svg"}

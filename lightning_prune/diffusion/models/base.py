@@ -103,7 +103,7 @@ class Denoiser(nn.Module, ABC):
         return {k: v for k, v in dict(stored).items() if not k.startswith("_")}
 
     def arguments(self) -> dict[str, Any]:
-        """Further arguments of the constructor that an artefact has to keep."""
+        """Further arguments of the constructor that an artifact has to keep."""
         return {}
 
 

@@ -99,7 +99,7 @@ class DiPGO(PruningModule):
             of the budget.
         noises: how many different starting noises training sees; null gives every sample its own.
         compare: rows to report beside the result, see `controls.control`; null is all there are for the sampler and
-            the process but "whole-steps".
+            the process, "whole-steps" with linear reuse alone.
         checkpoint_blocks: recompute blocks inside recomputed steps, too.
         lr_schedule: shape of the learning rate after the warm-up.
         warmup_steps: steps of linear warm-up.

@@ -393,7 +393,7 @@ class SparseDM(Calibrated):
             f"one-shot {self.target_sparsity}": (dense, self.target_sparsity)
         }
         under |= {f"sparsedm at {name}": (whole, pattern) for name, pattern in self._further()}
-        # Their masks are as large as the network, and grids, artefacts and names of rows need none of them.
+        # Their masks are as large as the network, and grids, artifacts and names of rows need none of them.
         masked = {name: Variant.later(partial(self._under, *given)) for name, given in under.items()}
         return {"dense": Variant(dense), **masked, self.result_name: Variant(whole)}
 

@@ -31,6 +31,16 @@ ON_DPM = "-on-dpm-solver++"
 # Rows that belong to a search other than the table's: one whose teacher takes as many steps as the sampler, and those
 # of code before lines were held over steps, and before budgets were not rounded; the card says more.
 OTHERS = ("-plain-teacher", "-first-order", "-rounded")
+# What schedules are compared with in the card, dearest to beat first.
+COMPARED = (
+    "dpm-solver++-kept-steps",
+    "dpm-solver++",
+    "whole-steps",
+    "uniform-reuse",
+    "random-gates",
+    "ddim-fewer-steps",
+    "dense",
+)
 # Baselines reuse and measure as the table's searches do.
 ALIKE = ("--model.reuse=linear", "--model.loss=ssim+l1")
 # The baselines' configs are of the transformer.
@@ -191,15 +201,40 @@ def _scored(rows: Iterable[str], drift: bool = True) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Rows by network and budget: distance, paired difference of that seed's schedule from it, drift as MSE.
-
-    Rows that no job makes any more are folded away below.
-    """
+    """What schedules gain over controls of equal cost; folded away all rows, and those that no job makes any more."""
     known = {_key(row) for job in jobs() for row in table.of(job)}
     now, earlier = [[row for row in table.rows if (_key(row) in known) is kept] for kept in (True, False)]
-    summary = f"<summary>{len(earlier)} rows that no job makes any more, of earlier code</summary>"
-    folded = ["", "<details>", summary, "", *_lines(table, earlier), "", "</details>"] if earlier else []
-    return "\n".join([*_lines(table, now), *folded])
+    folded = _folded(f"All {len(now)} rows, with drift", _lines(table, now))
+    if earlier:
+        folded += _folded(f"{len(earlier)} rows that no job makes any more, of earlier code", _lines(table, earlier))
+    return "\n".join([*_compared(table), *folded])
+
+
+def _folded(summary: str, lines: list[str]) -> list[str]:
+    return ["", "<details>", f"<summary>{summary}</summary>", "", *lines, "", "</details>"]
+
+
+def _compared(table: Table) -> list[str]:
+    """Distance of every learned schedule, and that less the distance of each control, paired."""
+    lines = [f"| network | budget | seed | dipgo | {' | '.join(COMPARED)} |", "|---" * (4 + len(COMPARED)) + "|"]
+    for learned in table.rows:
+        if learned["variant"] != "dipgo":
+            continue
+        cells = [learned["network"], learned["target"], str(learned["seed"]), f"{learned['fd_fashion']['value']:.2f}"]
+        for control in COMPARED:
+            other = _control(table, learned, control)
+            cells.append(interval(table.difference(learned, other)) if other else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _control(table: Table, learned: Row, variant: str) -> Row | None:
+    """The control of a schedule; those that no search has a part in are of the first seed, dense ones of any budget."""
+    rows = [r for r in table.rows if r["network"] == learned["network"] and r["variant"] == variant]
+    if variant == "dense":
+        return rows[0] if rows else None
+    seed = learned["seed"] if variant.endswith("-kept-steps") else 0
+    return next((r for r in rows if (r["target"], r["seed"]) == (learned["target"], seed)), None)
 
 
 def _key(row: Row) -> tuple[str, ...]:

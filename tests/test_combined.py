@@ -82,6 +82,13 @@ def test_combined_artifacts_are_not_packed(name: str, made: Path, capsys: pytest
     assert not target.exists()
 
 
+def test_masks_of_a_slim_network_cannot_be_switched(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = made / "slim-masked" / "checkpoints" / "last.ckpt", made / "never"
+    assert main(["export", "--ckpt_path", str(source), "--output", str(target), "--format", "switchable"]) == 2
+    assert "masks of slim networks" in capsys.readouterr().err
+    assert not target.exists()
+
+
 def test_masks_on_one_slim_network(made: Path) -> None:
     before, after = load(made / "slim-1" / "artifact"), load(made / "slim-masked" / "artifact")
     assert {n: p.shape for n, p in before.named_parameters()} == {n: p.shape for n, p in after.named_parameters()}

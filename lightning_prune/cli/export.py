@@ -72,6 +72,8 @@ def _from_checkpoint(options: argparse.Namespace) -> None:
     files = module.artifact_files() if isinstance(module, ArtifactFiles) else {}
     details: dict[str, Any] = {"sampler": module.process.scheduler_config}
     if options.format == "switchable":
+        if isinstance(result, StagedDenoiser):
+            raise InputError("--format switchable: masks of slim networks are stored as zeros alone yet; use dense")
         details[switchable.KEY] = switchable.released(result)
     save_artifact(result, options.output, method, details, files)
 

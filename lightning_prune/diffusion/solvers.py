@@ -198,7 +198,8 @@ class EulerMaruyama:
         x' = x + beta / 2 x + beta score + sqrt(beta) z,    score = -eps / s,    beta = 1 - abar_t / abar_t'
 
     from each timestep t to the next one t', with no z in the last step. In as many steps as the process has timesteps,
-    beta is that of training: the sampler of pixels in U-ViT and SparseDM.
+    beta is that of training: the sampler of pixels in U-ViT and SparseDM. eps is of the clipped x_0 where the process
+    clips, which theirs does not.
     """
 
     init_noise_sigma = 1.0

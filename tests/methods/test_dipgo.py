@@ -639,7 +639,9 @@ def test_budgets_of_seconds_are_kept_and_survive_a_resume(tmp_path: Path, monkey
 
 
 def test_seconds_are_measured_of_real_calls(tmp_path: Path) -> None:
-    module = tiny_dipgo(budget_of="seconds", budget=0.9, further_budgets=None)
+    module = tiny_dipgo(
+        budget_of="seconds", budget=1.0, further_budgets=None
+    )  # in reach, whatever a busy machine times
     fit(module, tmp_path, max_steps=1)
     costs = module.problem.costs
     assert costs.dense > 0

@@ -82,6 +82,18 @@ def test_combined_artifacts_are_not_packed(name: str, made: Path, capsys: pytest
     assert not target.exists()
 
 
+def test_plans_of_artifacts(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--json", "--config", str(made / "gates.yaml")]) == 0
+    planned = json.loads(capsys.readouterr().out)["sampling"]["macs_per_image"]
+    rows = json.loads((made / "gates" / "report.json").read_text())["rows"]
+    assert planned == rows[0]["macs_per_image"]
+    config = yaml.safe_load((made / "gates.yaml").read_text())
+    config["model"]["init_args"]["denoiser"]["init_args"]["path"] = str(made / "gates" / "artifact")
+    (again := made / "again.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["plan", "--config", str(again)]) == 2
+    assert "it has gates already" in capsys.readouterr().err
+
+
 def test_masks_of_a_slim_network_cannot_be_switched(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = made / "slim-masked" / "checkpoints" / "last.ckpt", made / "never"
     assert main(["export", "--ckpt_path", str(source), "--output", str(target), "--format", "switchable"]) == 2

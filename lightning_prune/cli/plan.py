@@ -33,8 +33,8 @@ from lightning_prune.metrics.reach import (
 from lightning_prune.metrics.training_memory import TrainingMemory, activation_bytes, optimizer_bytes
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.module import PruningModule
-from lightning_prune.protocols import InputError, Plan, StepAware
-from lightning_prune.pruning.masks import masked_layers, select_units
+from lightning_prune.protocols import InputError, Plan, Sparsity, StepAware
+from lightning_prune.pruning.masks import masked_layers, patterns_now, select_units
 
 SCHEMA = 1
 _METHODS: Mapping[Axis, str] = {"weights": "SparseDM", "widths": "MosaicDiff", "gates": "DiPGO"}
@@ -82,7 +82,9 @@ def describe(module: PruningModule, config: Mapping[str, Any], source: str) -> d
     denoiser = module.denoiser
     ledger, plan, sampler = module.ledger(), module.planned(), sampler_of(config, module)
     calls = sampler.calls(module.process)
-    per_image = _per_image(module, ledger, sampler)
+    # Gates pay by what masks leave; under the other axes masks are what is planned.
+    masks = patterns_now(denoiser.network) if plan.axis == "gates" else {}
+    per_image = _per_image(module, ledger, sampler, masks)
     return {
         "schema": SCHEMA,
         "config": source,
@@ -96,11 +98,11 @@ def describe(module: PruningModule, config: Mapping[str, Any], source: str) -> d
     }
 
 
-def _per_image(module: PruningModule, ledger: Ledger, sampler: Sampler) -> int:
-    """MACs (aten) of an image, masks not applied."""
+def _per_image(module: PruningModule, ledger: Ledger, sampler: Sampler, masks: Mapping[str, Sparsity]) -> int:
+    """MACs (aten) of an image under some masks."""
     denoiser, calls = module.denoiser, sampler.calls(module.process)
     if not isinstance(denoiser, StepAware):
-        return macs_per_image(ledger.macs(), calls, sampler.guidance)
+        return macs_per_image(int(ledger.kept(masks)), calls, sampler.guidance)
     phases = trajectory_cost(denoiser, module.process, sampler).phases
     return sum(macs_per_image(phase.ledger.macs(), phase.calls, sampler.guidance) for phase in phases)
 

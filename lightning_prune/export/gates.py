@@ -250,7 +250,8 @@ def apply_gates(
     if not remap and calls != own.steps:
         raise InputError(f"{file}: the schedule is for {own.steps} network calls, not {calls}")
     scheduler = {"solver": found.scheduler.get("solver"), **process.scheduler_config}
-    if fingerprint(denoiser, scheduler, own.steps, guidance) != found.fingerprint:
+    known = not any(p.is_meta for p in denoiser.parameters())  # a plan has shapes alone
+    if known and fingerprint(denoiser, scheduler, own.steps, guidance) != found.fingerprint:
         raise InputError(f"{file}: the schedule is for other weights, another process or another kind of guidance")
     found.check_network(file, denoiser.network_class.__name__, denoiser.config())
     found.check_blocks(file, denoiser.blocks(own.granularity))

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import KEY, ROOT, UNTIMED, Job, Row, Table, distance_cell, interval, run_table
+from tables import ROOT, UNTIMED, Job, Row, Table, distance_cell, interval, run_table
 
 SEEDS = (0, 1, 2)
 STEPS = {"fashion_dit": 50, "fashion_unet": 20}
@@ -31,7 +31,7 @@ ON_DPM = "-on-dpm-solver++"
 # Rows that belong to a search other than the table's: one whose teacher takes as many steps as the sampler, and those
 # of code before lines were held over steps, and before budgets were not rounded; the card says more.
 OTHERS = ("-plain-teacher", "-first-order", "-rounded")
-# What schedules are compared with in the card, dearest to beat first.
+# What schedules are compared with in the card, in the order of its columns.
 COMPARED = (
     "dpm-solver++-kept-steps",
     "dpm-solver++",
@@ -202,8 +202,8 @@ def _scored(rows: Iterable[str], drift: bool = True) -> str:
 
 def markdown(table: Table) -> str:
     """What schedules gain over controls of equal cost; folded away all rows, and those that no job makes any more."""
-    known = {_key(row) for job in jobs() for row in table.of(job)}
-    now, earlier = [[row for row in table.rows if (_key(row) in known) is kept] for kept in (True, False)]
+    made = [row for job in jobs() for row in table.of(job)]
+    now, earlier = [[row for row in table.rows if (row in made) is known] for known in (True, False)]
     folded = _folded(f"All {len(now)} rows, with drift", _lines(table, now))
     if earlier:
         folded += _folded(f"{len(earlier)} rows that no job makes any more, of earlier code", _lines(table, earlier))
@@ -235,10 +235,6 @@ def _control(table: Table, learned: Row, variant: str) -> Row | None:
         return rows[0] if rows else None
     seed = learned["seed"] if variant.endswith("-kept-steps") else 0
     return next((r for r in rows if (r["target"], r["seed"]) == (learned["target"], seed)), None)
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return tuple(str(row[part]) for part in KEY)
 
 
 def _lines(table: Table, rows: Iterable[Row]) -> list[str]:

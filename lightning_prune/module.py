@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_prune.diffusion.conditions import Condition, move, replace
+from lightning_prune.diffusion.gated import StepGated
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import OnStep, sample_images
@@ -102,6 +103,8 @@ class PruningModule(pl.LightningModule):
             raise InputError(f"model.ema_decay: {ema_decay} is not in (0, 1)")
         if warmup_steps < 0:
             raise InputError(f"model.warmup_steps: {warmup_steps} is negative")
+        if isinstance(denoiser, StepGated):
+            raise InputError("model.denoiser: it has gates already, for one sampler; begin with the network without")
         self.denoiser = denoiser
         self.process = process
         # The command line's callable refers to the command line, trainer and all.

@@ -175,14 +175,10 @@ class Pair:
         """MACs an image of both; those of masked layers count n/m, whether or not a kernel saves the rest."""
         calls = task.sampler.calls(task.process)
         dense = macs_per_image(count_denoiser(self.dense).macs(), calls, task.scale)
-        if isinstance(self.pruned, StepAware):
-            pruned = Fraction(0)
-            for phase in trajectory_cost(self.pruned, task.process, task.sampler).phases:
-                # An artifact with zeros in the place of masks says where these were.
-                left = phase.ledger.kept(phase.masks or self.masks)
-                pruned += macs_per_image(left, phase.calls, task.scale)
-        else:
-            pruned = macs_per_image(count_denoiser(self.pruned).kept(self.masks), calls, task.scale)
+        # An artifact with zeros in the place of masks says where these were.
+        phases = trajectory_cost(self.pruned, task.process, task.sampler).phases
+        kept = [macs_per_image(p.ledger.kept(p.masks or self.masks), p.calls, task.scale) for p in phases]
+        pruned = sum(kept, Fraction(0))
         return {
             "convention": "aten",
             "dense_per_image": dense,

@@ -33,7 +33,7 @@ from lightning_prune.metrics.reach import (
 from lightning_prune.metrics.training_memory import TrainingMemory, activation_bytes, optimizer_bytes
 from lightning_prune.metrics.trajectory import trajectory_cost
 from lightning_prune.module import PruningModule
-from lightning_prune.protocols import InputError, Plan, Sparsity, StepAware
+from lightning_prune.protocols import InputError, Plan
 from lightning_prune.pruning.masks import masked_layers, patterns_now, select_units
 
 SCHEMA = 1
@@ -84,7 +84,8 @@ def describe(module: PruningModule, config: Mapping[str, Any], source: str) -> d
     calls = sampler.calls(module.process)
     # Gates pay by what masks leave; under the other axes masks are what is planned.
     masks = patterns_now(denoiser.network) if plan.axis == "gates" else {}
-    per_image = _per_image(module, ledger, sampler, masks)
+    phases = trajectory_cost(denoiser, module.process, sampler).phases
+    per_image = sum(macs_per_image(int(p.ledger.kept(masks)), p.calls, sampler.guidance) for p in phases)
     return {
         "schema": SCHEMA,
         "config": source,
@@ -96,15 +97,6 @@ def describe(module: PruningModule, config: Mapping[str, Any], source: str) -> d
         "training_memory": _memory(module, plan, config),
         "blocks": {name: _blocks(denoiser, ledger, graph) for name, graph in graphs(denoiser)[0].items()},
     }
-
-
-def _per_image(module: PruningModule, ledger: Ledger, sampler: Sampler, masks: Mapping[str, Sparsity]) -> int:
-    """MACs (aten) of an image under some masks."""
-    denoiser, calls = module.denoiser, sampler.calls(module.process)
-    if not isinstance(denoiser, StepAware):
-        return macs_per_image(int(ledger.kept(masks)), calls, sampler.guidance)
-    phases = trajectory_cost(denoiser, module.process, sampler).phases
-    return sum(macs_per_image(phase.ledger.macs(), phase.calls, sampler.guidance) for phase in phases)
 
 
 def sampler_of(config: Mapping[str, Any], module: PruningModule) -> Sampler:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.diffusion.conditions import Condition
 from lightning_prune.diffusion.models.base import Denoiser
-from lightning_prune.protocols import InputError, StepAware, WidthGroup
+from lightning_prune.protocols import InputError, WidthGroup
 
 
 def stage_of_step(lengths: Sequence[int], index: int, calls: int) -> int:
@@ -123,14 +123,11 @@ class StagedDenoiser(Denoiser):
         return other.train(self.training)
 
 
-def check_every_timestep(denoiser: Denoiser) -> None:
-    """Raise `InputError` for a denoiser whose work depends on the sampling step: training draws timesteps at random."""
-    if isinstance(denoiser, StagedDenoiser):
-        if len(denoiser.networks) > 1:
-            count = len(denoiser.networks)
-            raise InputError(f"model.denoiser: slim networks of {count} stages train by mosaicdiff.Recovery alone")
-    elif isinstance(denoiser, StepAware):
-        raise InputError("model.denoiser: its gates are for the steps of one sampler; begin with the network without")
+def check_one_stage(denoiser: Denoiser) -> None:
+    """Raise `InputError` for slim networks of several stages, where training draws timesteps of all at random."""
+    if isinstance(denoiser, StagedDenoiser) and len(denoiser.networks) > 1:
+        count = len(denoiser.networks)
+        raise InputError(f"model.denoiser: slim networks of {count} stages train by mosaicdiff.Recovery alone")
 
 
 def _shell(dense: Denoiser, network: nn.Module) -> Denoiser:

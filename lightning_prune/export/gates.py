@@ -22,7 +22,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.metrics.block_costs import traced_costs
 from lightning_prune.protocols import InputError
-from lightning_prune.pruning.masks import masked_layers
+from lightning_prune.pruning.masks import effective_weights
 
 GATES = "gates.json"
 SCHEMA = 1
@@ -218,10 +218,8 @@ def fingerprint(denoiser: Denoiser, scheduler: Mapping[str, Any], calls: int, gu
     digest = hashlib.sha256()
     facts = [denoiser.network_class.__name__, dict(scheduler), calls, guidance != 1.0]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    masked = {f"{name}.weight": layer for name, layer in masked_layers(denoiser.network).items()}
-    for name, tensor in sorted(denoiser.network.state_dict().items()):
+    for name, tensor in sorted((denoiser.network.state_dict() | effective_weights(denoiser.network)).items()):
         digest.update(name.encode())
-        tensor = masked[name].effective_weight() if name in masked else tensor
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

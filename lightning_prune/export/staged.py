@@ -19,7 +19,7 @@ from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.pretrained import first_difference, read_config, without_weights
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.protocols import InputError, WidthGroup
-from lightning_prune.pruning.masks import masked_layers
+from lightning_prune.pruning.masks import effective_weights
 from lightning_prune.pruning.structural import Width, slim
 
 FILE = "stages.safetensors"
@@ -33,7 +33,7 @@ def write(denoiser: StagedDenoiser, folder: Path) -> dict[str, Any]:
     first = 0
     for network, steps in zip(denoiser.networks, denoiser.lengths, strict=True):
         versions = {}
-        masked = {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(network).items()}
+        masked = effective_weights(network)
         for name, own in network.state_dict(keep_vars=True).items():
             tensor = masked.get(name, own)
             if version := _version(stored.setdefault(name, []), tensor):

@@ -424,9 +424,15 @@ def check_unmasked(network: nn.Module) -> None:
 
 
 @torch.no_grad()
+def effective_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Weights of layers under a mask as `network` computes with them, by their names in its state dict."""
+    return {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(network).items()}
+
+
+@torch.no_grad()
 def effective_state(network: nn.Module) -> dict[str, Tensor]:
     """State dict of `network` with every masked weight as the network computes with it: zeros written out."""
-    masked = {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(network).items()}
+    masked = effective_weights(network)
     return {name: masked.get(name, tensor).detach().clone() for name, tensor in network.state_dict().items()}
 
 

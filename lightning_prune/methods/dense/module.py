@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_prune.diffusion.models import Denoiser
-from lightning_prune.diffusion.routing import check_every_timestep
+from lightning_prune.diffusion.routing import check_one_stage
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.dense.inherit import inherit
 from lightning_prune.module import Batch, PruningModule
@@ -46,7 +46,7 @@ class Dense(PruningModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(denoiser, *args, **kwargs)
-        check_every_timestep(denoiser)
+        check_one_stage(denoiser)
         check_unmasked(denoiser.network)
         denoiser.train()  # one that was loaded from an artifact comes in evaluation mode
         if distill_weight < 0:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_prune.blocks import BlockCosts, CacheMode, GateSchedule, Reuse, Row
 from lightning_prune.diffusion.conditions import Condition, move
-from lightning_prune.diffusion.gated import StepGated, gated
+from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import OnStep, initial_noise, sample_images
@@ -147,8 +147,6 @@ class DiPGO(PruningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(denoiser, process, optimizer, lr_schedule, warmup_steps, ema_decay=None, seed=seed)
-        if isinstance(denoiser, StepGated):
-            raise InputError("model.denoiser: it has gates already; search on the network without them")
         self.denoiser.requires_grad_(False).eval()
         # It stays in evaluation mode, which is what Lightning warns of.
         warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training")

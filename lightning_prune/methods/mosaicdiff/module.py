@@ -21,7 +21,6 @@ from lightning_prune.checksums import DIGESTS, digest_of
 from lightning_prune.diffusion.conditions import Condition, move, rows_of, stack
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.routing import check_every_timestep
 from lightning_prune.diffusion.samplers import OnStep, guided, integrate, sample_images
 from lightning_prune.diffusion.solvers import Deterministic, Sampler
 from lightning_prune.diffusion.variants import Variant
@@ -119,7 +118,6 @@ class MosaicDiff(PruningModule):
         check_unmasked(denoiser.network)
         if not denoiser.groups():
             raise InputError("model.denoiser: the network has no width that can be cut")
-        check_every_timestep(denoiser)
         self.target, self.recipe, self.rivals = target, recipe, dict(rivals or {})
         _check_names(self.rivals, self.result_name)
         self.sampler = self.predict_sampler = Sampler(sampler, steps, guidance)

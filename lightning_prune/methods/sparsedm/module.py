@@ -22,7 +22,7 @@ from lightning_prune.diffusion.gating import sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.models.text import TextDenoiser
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.routing import check_every_timestep
+from lightning_prune.diffusion.routing import check_one_stage
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.methods.sparsedm.calibrated import Calibrated
 from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
@@ -108,7 +108,7 @@ class SparseDM(Calibrated):
         seed: int | None = None,
         compile: bool = False,
     ) -> None:
-        check_every_timestep(denoiser)
+        check_one_stage(denoiser)
         check_unmasked(denoiser.network)
         denoiser.train()  # one that was loaded from an artifact comes in evaluation mode
         average = None if one_shot else ema_decay

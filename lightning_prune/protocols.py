@@ -37,10 +37,12 @@ class Sparsity:
             raise InputError(f"sparsity {self.n}:{self.m}: N:M keeps N of every M weights, so 1 <= N <= M")
 
     @classmethod
-    def parse(cls, text: str | Sparsity) -> Sparsity:
-        """Read "2:4". Raises `InputError` when the text is not N:M with 1 <= N <= M."""
+    def parse(cls, text: str | tuple[int, int] | Sparsity) -> Sparsity:
+        """Read "2:4" or (2, 4). Raises `InputError` when that is not N:M with 1 <= N <= M."""
         if isinstance(text, Sparsity):
             return text
+        if isinstance(text, tuple | list) and len(text) == 2 and all(type(number) is int for number in text):
+            return cls(*text)
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
         if match is None:
             raise InputError(f"sparsity {text!r}: expected N:M, for example 2:4")
@@ -59,6 +61,11 @@ class Sparsity:
     @property
     def is_dense(self) -> bool:
         return self.n == self.m
+
+    @property
+    def is_within_2to4(self) -> bool:
+        """Whether no aligned group of four ever keeps more than two, which is what sparse tensor cores read."""
+        return self.n <= 2 and self.m % 4 == 0
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

@@ -18,7 +18,7 @@ from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.export import load, save_artifact, switchable
 from lightning_prune.export.artifact import read_manifest
 from lightning_prune.export.homogeneous import write_homogeneous
-from lightning_prune.export.packed import write_packed
+from lightning_prune.export.packed import TOKENS, write_packed
 from lightning_prune.export.semi_structured import missing
 from lightning_prune.module import PruningModule
 from lightning_prune.protocols import ArtifactFiles, InputError
@@ -50,10 +50,13 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--format", choices=formats, default="dense", help="default dense")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of packed layers")
     parser.add_argument("--device", help="cuda: time every layer on it and pack those that win; default: pack all")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="rows to time with: images x tokens of each")
     options = parser.parse_args(list(args))
     needed = "ckpt_path" if options.format in ("dense", "switchable") else "artifact"
     if getattr(options, needed) is None:
         raise InputError(f"--{needed}: needed for --format {options.format}")
+    if options.tokens < 1:
+        raise InputError(f"--tokens: {options.tokens} is not positive")
     other = "artifact" if needed == "ckpt_path" else "ckpt_path"
     if getattr(options, other) is not None:
         raise InputError(f"--{other}: --format {options.format} is made from --{needed}")
@@ -85,7 +88,7 @@ def _pack(options: argparse.Namespace) -> None:
     if isinstance(denoiser, StagedDenoiser | StepGated):
         raise InputError(f"--artifact: {options.artifact}: slim stages and gated networks are not packed yet")
     dtype = getattr(torch, options.dtype)
-    chosen = write_packed(denoiser, manifest, options.artifact, options.output, dtype, options.device)
+    chosen = write_packed(denoiser, manifest, options.artifact, options.output, dtype, options.device, options.tokens)
     print(f"packed {len(chosen.packed)} layers, left {len(chosen.dense)} masked layers dense")
     for name, reason in chosen.dense.items():
         print(f"  dense: {name}: {reason}")

@@ -41,18 +41,20 @@ class LatentDecoder:
     """The autoencoder that makes pictures of latents, for grids, reports and `predict`.
 
     Its weights are loaded when a picture or their checksum is first asked for, by the process that asks, and go to the
-    device of the latents. Scale and shift are those of its own configuration.
+    device of the latents. Shift and, where none is given, scale are those of its own configuration.
 
     Args:
         pipeline: diffusers folder of a whole pipeline or of its autoencoder alone, or a hub id.
         batch_size: latents decoded at once.
         tiled: decode in overlapping tiles, for large pictures on small devices. At seams they differ a little from
             pictures decoded in one piece, so the protocol says so.
+        scale: factor of latents, where they were cached with another than the autoencoder's own.
     """
 
     pipeline: str
     batch_size: int = 4
     tiled: bool = False
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -87,7 +89,7 @@ class LatentDecoder:
                     )
 
     def _factors(self) -> dict[str, list[float]]:
-        scale, shift = latent_factors(self.config)
+        scale, shift = latent_factors(self.config, self.scale)
         return {"scale": scale, "shift": shift}
 
     @cached_property
@@ -136,7 +138,9 @@ class LatentDecoder:
 
     def _decoded(self, latents: Tensor) -> Tensor:
         network = self.network.to(self._device).requires_grad_(False)
-        scale, shift = (torch.tensor(f, device=self._device).view(-1, 1, 1) for f in latent_factors(self.config))
+        scale, shift = (
+            torch.tensor(f, device=self._device).view(-1, 1, 1) for f in latent_factors(self.config, self.scale)
+        )
         raw = latents.to(self._device).float() / scale + shift
         return torch.cat([network.decode(part).sample for part in raw.split(self.batch_size)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,11 +106,19 @@ def load_autoencoder(pipeline: str) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def latent_factors(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Scale and shift of an autoencoder's latents, a value a channel or one for all: (latent - shift) scale."""
+def latent_factors(config: Mapping[str, Any], scale: float | None = None) -> tuple[list[float], list[float]]:
+    """Scale and shift of an autoencoder's latents, a value a channel or one for all: (latent - shift) scale.
+
+    A given `scale` takes the place of the configuration's.
+
+    Raises:
+        InputError: a scale that is not positive.
+    """
+    if scale is not None and not 0 < scale < math.inf:
+        raise InputError(f"scale: {scale} is not positive")
     factor, deviations = float(config.get("scaling_factor") or 1.0), config.get("latents_std")
-    scale = [factor] if deviations is None else [factor / value for value in deviations]
-    return scale, list(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
+    own = [factor] if deviations is None else [factor / value for value in deviations]
+    return own if scale is None else [scale], list(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
 
 
 def fingerprint(network: Any) -> str:
@@ -131,12 +140,13 @@ class LatentEncoder:
     Args:
         pipeline: folder in diffusers layout, of a whole pipeline or of the autoencoder alone, or a hub id.
         device: where it computes.
+        scale: factor of latents, where it is not the one of the autoencoder's configuration.
     """
 
-    def __init__(self, pipeline: str, device: torch.device | str = "cpu") -> None:
+    def __init__(self, pipeline: str, device: torch.device | str = "cpu", scale: float | None = None) -> None:
         self.network: Any = load_autoencoder(pipeline).to(device)
         self.device = torch.device(device)
-        self.scale, self.shift = latent_factors(self.network.config)
+        self.scale, self.shift = latent_factors(self.network.config, scale)
 
     @property
     def fingerprint(self) -> str:

@@ -38,6 +38,7 @@ class CacheSettings:
         batch_size: pictures encoded at once.
         shard_size: samples a file; what is lost when the command is stopped.
         max_tokens: length of the prompt, where the pipeline lets one choose; null for its default.
+        scale: factor of latents, for denoisers that were trained with another than the autoencoder's own; null is that.
         device: "cpu", "cuda" and so on; null takes a GPU where there is one.
     """
 
@@ -48,6 +49,7 @@ class CacheSettings:
     batch_size: int = 16
     shard_size: int = 512
     max_tokens: int | None = None
+    scale: float | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class CacheWriter:
     def __init__(self, data: DataModule, settings: CacheSettings, source: Mapping[str, Any]) -> None:
         self.data, self.settings, self.root = data, settings, Path(settings.output)
         self.splits = {split: data.split(split) for split in SPLITS}
-        self.vae = LatentEncoder(settings.pipeline, settings.chosen_device())
+        self.vae = LatentEncoder(settings.pipeline, settings.chosen_device(), settings.scale)
         self.text: TextEncoder | None = None
         if "caption" in self.splits["train"].conditions([0]):
             self.text = TextEncoder(settings.pipeline, settings.chosen_device(), settings.max_tokens)
@@ -84,7 +86,10 @@ class CacheWriter:
             "data": dict(source),
             "pipeline": settings.pipeline,
             "autoencoder_sha256": self.vae.fingerprint,
-            **{key: getattr(settings, key) for key in ("stored", "flip", "batch_size", "shard_size", "max_tokens")},
+            **{
+                key: getattr(settings, key)
+                for key in ("stored", "flip", "batch_size", "shard_size", "max_tokens", "scale")
+            },
             "samples": {split: len(samples) for split, samples in self.splits.items()},
         }
 

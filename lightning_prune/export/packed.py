@@ -30,11 +30,12 @@ def write_packed(
     target: Path,
     dtype: torch.dtype,
     device: str | None,
+    tokens: int = TOKENS,
 ) -> Plan:
     """Write the artifact `source`, loaded as `denoiser`, into the new folder `target` with its 2:4 layers packed.
 
-    With a device every layer is timed dense and sparse, and stays dense where it does not win; without one all that
-    fit are packed, and the manifest says that nothing was measured.
+    With a device every layer is timed dense and sparse on `tokens` rows, and stays dense where it does not win; without
+    one all that fit are packed, and the manifest says that nothing was measured.
 
     Raises:
         InputError: no masked layer can be packed, or the device has no kernel.
@@ -43,19 +44,22 @@ def write_packed(
     chosen = plan(denoiser.network, patterns, dtype)
     seconds: dict[str, dict[str, float]] = {}
     if device is not None:
-        chosen, seconds = faster(denoiser, chosen, dtype, device)
+        chosen, seconds = faster(denoiser, chosen, dtype, device, tokens)
     partial = target.with_name(f".{target.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(pack(denoiser.network.state_dict(), chosen.packed, dtype), partial / FILE)
-    shutil.copy(source / "config.json", partial / "config.json")
+    beside = [name for name in manifest["files"] if not name.endswith(".safetensors")]
+    for name in beside:
+        shutil.copy(source / name, partial / name)
     content = dict(manifest) | {
-        "files": {name: sha256(partial / name) for name in (FILE, "config.json")},
+        "files": {name: sha256(partial / name) for name in (FILE, *beside)},
         "semi_structured": {
             "dtype": str(dtype).removeprefix("torch."),
             "packed": list(chosen.packed),
             "dense": chosen.dense,
             "seconds": seconds or "not measured",
+            "tokens": tokens if seconds else None,
         },
     }
     (partial / "pruning.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -64,14 +68,14 @@ def write_packed(
 
 
 def faster(
-    denoiser: Denoiser, chosen: Plan, dtype: torch.dtype, device: str
+    denoiser: Denoiser, chosen: Plan, dtype: torch.dtype, device: str, tokens: int = TOKENS
 ) -> tuple[Plan, dict[str, dict[str, float]]]:
     """Keep those layers packed that beat their dense selves on `device`; both medians in seconds by layer."""
     if reason := missing(device):
         raise InputError(f"--device: {reason}")
     kept, dense, seconds = [], dict(chosen.dense), {}
     for name in chosen.packed:
-        seconds[name] = _timed(denoiser, name, dtype, device)
+        seconds[name] = _timed(denoiser, name, dtype, device, tokens)
         if seconds[name]["semi_structured"] < seconds[name]["dense"]:
             kept.append(name)
         else:
@@ -79,12 +83,12 @@ def faster(
     return Plan(tuple(kept), dense), seconds
 
 
-def _timed(denoiser: Denoiser, name: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+def _timed(denoiser: Denoiser, name: str, dtype: torch.dtype, device: str, tokens: int) -> dict[str, float]:
     layer = denoiser.network.get_submodule(name)
     assert isinstance(layer, torch.nn.Linear)
     arms = {kind: torch.nn.Sequential(_copy(layer)).to(device, dtype) for kind in ("dense", "semi_structured")}
     accelerate(arms["semi_structured"], ("0",), device)
-    x = torch.randn(TOKENS, layer.in_features, device=device, dtype=dtype)
+    x = torch.randn(tokens, layer.in_features, device=device, dtype=dtype)
 
     def call(module: torch.nn.Module) -> Any:
         def run() -> None:

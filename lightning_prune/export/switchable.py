@@ -14,18 +14,26 @@ from torch import nn
 
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.protocols import InputError, Sparsity
-from lightning_prune.pruning.masks import MaskSet, maskable_layers, masked_layers, set_patterns
+from lightning_prune.pruning.masks import (
+    MaskSet,
+    Pattern,
+    Patterns,
+    maskable_layers,
+    masked_layers,
+    parse_pattern,
+    set_patterns,
+)
 
 KEY = "switchable"
 
 
-def set_sparsity(denoiser: Denoiser, sparsity: str | None | Mapping[str, str | None]) -> None:
+def set_sparsity(denoiser: Denoiser, sparsity: Patterns) -> None:
     """Change the pattern of a network's masked layers in place, for every step; going back gives the same bits.
 
     Args:
         denoiser: what `load` gave of a switchable artifact.
-        sparsity: "n:m" for all layers, None for dense, or these by regular expressions over names of layers. A layer
-            whose input dimension is no multiple of m computes densely.
+        sparsity: "n:m" or (n, m) for all layers, None for dense, or these by regular expressions over names of layers.
+            A layer whose input dimension is no multiple of m computes densely.
 
     Raises:
         InputError: a network without masks, no N:M, a pattern that divides no layer, an expression that matches none.
@@ -36,7 +44,7 @@ def set_sparsity(denoiser: Denoiser, sparsity: str | None | Mapping[str, str | N
         del denoiser.patterns, denoiser._now
 
 
-def set_sparsity_by_step(denoiser: Denoiser, patterns: Sequence[tuple[float, str | None]]) -> None:
+def set_sparsity_by_step(denoiser: Denoiser, patterns: Sequence[tuple[float, Pattern]]) -> None:
     """Let the pattern depend on the step of the sampler from now on, in place; reports charge it for what it does.
 
     Args:
@@ -55,16 +63,17 @@ def set_sparsity_by_step(denoiser: Denoiser, patterns: Sequence[tuple[float, str
     family: Any = type(denoiser)
     denoiser.__class__ = type(f"ByStep{family.__name__}", (_ByStep, family), {})
     assert isinstance(denoiser, _ByStep)
-    denoiser.patterns, denoiser._now = list(patterns), patterns[0][1]
+    denoiser.patterns = [(start, parse_pattern(pattern)) for start, pattern in patterns]
+    denoiser._now = denoiser.patterns[0][1]
 
 
 class _ByStep(nn.Module):
     """The class of a denoiser under patterns by step has this in front of its family's."""
 
-    patterns: Sequence[tuple[float, str | None]]
-    _now: str | None
+    patterns: Sequence[tuple[float, Sparsity | None]]
+    _now: Sparsity | None
 
-    def phase(self, index: int, calls: int) -> str | None:
+    def phase(self, index: int, calls: int) -> Sparsity | None:
         """The pattern of a call."""
         return [pattern for start, pattern in self.patterns if index >= start * calls][-1]
 
@@ -103,15 +112,8 @@ def masked(denoiser: Denoiser, patterns: Mapping[str, str | None]) -> Denoiser:
     return denoiser
 
 
-def _put(denoiser: Denoiser, sparsity: str | None | Mapping[str, str | None]) -> None:
+def _put(denoiser: Denoiser, sparsity: Patterns) -> None:
     layers = maskable_layers(denoiser.network)
     if not layers:
         raise InputError("set_sparsity: no layer can be masked; export the checkpoint with --format switchable")
-    if isinstance(sparsity, Mapping):
-        set_patterns(layers, {name: _parsed(text) for name, text in sparsity.items()})
-    else:
-        set_patterns(layers, _parsed(sparsity))
-
-
-def _parsed(text: str | None) -> Sparsity | None:
-    return None if text is None else Sparsity.parse(text)
+    set_patterns(layers, sparsity)

@@ -29,7 +29,6 @@ Convention = Literal["linear", "module", "aten"]
 Sparsities = Mapping[str, Sparsity]
 Number = TypeVar("Number", int, Fraction)
 
-ACCELERABLE = Sparsity(2, 4)
 _KINDS_COUNTED: Mapping[str, set[Kind]] = {
     "linear": {"linear", "conv"},
     "module": {"linear", "conv", "norm"},
@@ -118,8 +117,8 @@ class Ledger:
         return Fraction(self.masked(sparsities, convention), self.macs(convention))
 
     def accelerable(self, sparsities: Sparsities, convention: Convention = "aten") -> int:
-        """MACs, counted dense, of 2:4 linear layers, the only ones a kernel exists for; no claim of speed."""
-        rows = [row for row, sparsity in self._masked(sparsities, convention) if sparsity == ACCELERABLE]
+        """MACs, counted dense, of linear layers that are 2:4 or sparser, which kernels exist for; no claim of speed."""
+        rows = [row for row, sparsity in self._masked(sparsities, convention) if sparsity.is_within_2to4]
         return sum(row.macs(convention) for row in rows if row.kind == "linear")
 
     def _counted(self, convention: Convention) -> list[LayerMacs]:

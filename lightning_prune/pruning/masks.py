@@ -25,7 +25,8 @@ from lightning_prune.protocols import InputError, PrunableUnit, Sparsity
 from lightning_prune.pruning.nm import nm_mask, to_groups
 from lightning_prune.pruning.shards import full, in_pieces, local, shape
 
-Patterns = Sparsity | None | Mapping[str, Sparsity | None]  # for all layers, or by regular expressions over names
+Pattern = Sparsity | str | tuple[int, int] | None  # 2:4, "2:4" or (2, 4); None is dense
+Patterns = Pattern | Mapping[str, Pattern]  # for all layers, or by regular expressions over names
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -44,8 +45,9 @@ class _StraightThrough(torch.autograd.Function):
 class MaskedLayer(nn.Module):
     """What masked layers share: a pattern and the mask it gives for the current weight.
 
-    A frozen mask stays whatever the weight becomes, also when other patterns were in force in between; so does one
-    from scores, such as random ones. One from magnitudes may weigh columns by a scale, such as a calibrated one.
+    A frozen mask stays whatever the weight becomes, also when other patterns were in force in between, and what it
+    prunes a sparser pattern prunes too; so does one from scores, such as random ones. One from magnitudes may weigh
+    columns by a scale, such as a calibrated one.
     """
 
     weight: Tensor
@@ -123,9 +125,16 @@ class MaskedLayer(nn.Module):
             self._frozen[sparsity] = self._frozen[sparsity].to(weight.device)
             return self._frozen[sparsity]
         if self._scores is None:
-            return nm_mask(self._scaled(weight), sparsity)
+            return nm_mask(self._kept_by_denser(self._scaled(weight), sparsity), sparsity)
         self._scores = self._scores.to(weight.device)
         return nm_mask(self._scores, sparsity)
+
+    def _kept_by_denser(self, weight: Tensor, sparsity: Sparsity) -> Tensor:
+        """`weight` without what frozen masks of denser patterns prune: a chain of them regrows nothing."""
+        for frozen, mask in self._frozen.items():
+            if frozen.density > sparsity.density:
+                weight = weight.detach() * mask.to(weight.device)
+        return weight
 
     def _scaled(self, weight: Tensor) -> Tensor:
         if self._scale is None:
@@ -240,21 +249,28 @@ def set_patterns(layers: Mapping[str, MaskedLayer], sparsity: Patterns) -> None:
     A layer whose input dimension is no multiple of m computes densely while that pattern is in force.
 
     Raises:
-        InputError: a pattern that divides none of its layers, or a key that is no regular expression or matches no
-            layer; nothing is changed then.
+        InputError: no N:M, a pattern that divides none of its layers, or a key that is no regular expression or matches
+            no layer; nothing is changed then.
     """
     for layer, value in _wanted(layers, sparsity):
         layer.set_sparsity(fitting(layer, value))
 
 
+def parse_pattern(pattern: Pattern) -> Sparsity | None:
+    """A pattern as it may be written; None is dense. Raises `InputError` for what is no N:M."""
+    return None if pattern is None else Sparsity.parse(pattern)
+
+
 def _wanted(layers: Mapping[str, MaskedLayer], sparsity: Patterns) -> list[tuple[MaskedLayer, Sparsity | None]]:
     """Layers and what they are to compute under; of several keys that match a layer the last counts."""
     if not isinstance(sparsity, Mapping):
-        _check_divides(layers, sparsity)
-        return [(layer, sparsity) for layer in layers.values()]
+        parsed = parse_pattern(sparsity)
+        _check_divides(layers, parsed)
+        return [(layer, parsed) for layer in layers.values()]
     _check_patterns("set_sparsity", list(sparsity), list(layers))
     found: list[tuple[MaskedLayer, Sparsity | None]] = []
-    for pattern, value in sparsity.items():
+    for pattern, given in sparsity.items():
+        value = parse_pattern(given)
         matched = {name: layer for name, layer in layers.items() if re.fullmatch(pattern, name)}
         _check_divides(matched, value)
         found += [(layer, value) for layer in matched.values()]
@@ -327,16 +343,18 @@ class MaskSet:
 
         Of a network that is spread over processes, this process' rows.
         """
-        found = {}
-        for name, mask in self.masks().items():
-            layer = self.layers[name]
-            assert layer.sparsity is not None
-            derived = layer.derived_mask(layer.sparsity)
-            # A network that was spread or moved just now still has the masks it had before.
-            if derived.shape == mask.shape:
-                found[name] = (derived != mask.to(derived.device).bool()).float().mean()
-        rates = torch.stack(list(found.values())).tolist() if found else []
-        return dict(zip(found, rates, strict=True))
+        masks, layers = self.masks(), self.layers.items()
+        now = {n: layer.derived_mask(layer.sparsity) for n, layer in layers if layer.sparsity and n in masks}
+        return flip_rates(masks, now)
+
+    @torch.no_grad()
+    def derived(self, sparsity: Sparsity) -> dict[str, Tensor]:
+        """The masks that the present weights have under a pattern, whatever is in force, by layer.
+
+        Layers that it does not divide are left out, and those whose weights are in pieces.
+        """
+        layers = {name: layer for name, layer in self.layers.items() if not in_pieces(layer.weight)}
+        return {name: layer.derived_mask(sparsity) for name, layer in layers.items() if fitting(layer, sparsity)}
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -397,6 +415,17 @@ class MaskSet:
         for layer in self.layers.values():
             if layer.weight.grad is not None and layer.mask is not None:
                 local(layer.weight.grad).add_(local(layer.weight) * (1 - layer.mask), alpha=strength)
+
+
+def flip_rates(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
+    """Fraction of the entries that differ between masks, by layer; the device is waited for once."""
+    found = {}
+    for name, mask in before.items():
+        # A network that was spread or moved just now still has the masks it had before.
+        if now[name].shape == mask.shape:
+            found[name] = (now[name] != mask.to(now[name].device).bool()).float().mean()
+    rates = torch.stack(list(found.values())).tolist() if found else []
+    return dict(zip(found, rates, strict=True))
 
 
 def maskable_layers(network: nn.Module) -> dict[str, MaskedLayer]:

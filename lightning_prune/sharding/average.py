@@ -39,6 +39,11 @@ class _Average(AveragedModel):
         self.n_averaged += 1
         self._is_first = False
 
+    def restart(self) -> None:
+        """Let the next weights be the average."""
+        self.n_averaged.zero_()
+        self._is_first = True
+
 
 def _blend(averages: list[Tensor], weights: list[Tensor], decay: float) -> None:
     if decay == 0:
@@ -71,6 +76,11 @@ class WeightAverage(EMAWeightAveraging):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._average_model = _Average(pl_module, trainer.strategy.root_device, self.decay)
+
+    def restart(self) -> None:
+        """Forget what was averaged: the next weights are the average, and those after them are added to it."""
+        assert isinstance(self._average_model, _Average)
+        self._average_model.restart()
 
 
 class _LocalAverage:

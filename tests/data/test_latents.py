@@ -15,6 +15,7 @@ import yaml
 
 from lightning_prune.cli import main
 from lightning_prune.data import CachedLatents, ImageFolder, latent_cache
+from lightning_prune.data.decoder import LatentDecoder
 from lightning_prune.data.latent_files import write_shard
 from lightning_prune.diffusion.models.dit import DiT
 from lightning_prune.diffusion.models.unet2d_condition import UNet2DCondition
@@ -82,6 +83,26 @@ def save(tensors, file):
 latent_files.save_file = save
 main(sys.argv[1:])
 """
+
+
+def test_latents_by_another_factor_are_decoded_by_it(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """U-ViT on COCO: 0.2301, where the autoencoder's configuration says otherwise."""
+    for name, more in (("own", ()), ("other", ("--scale=0.2301",))):
+        assert main(arguments(source, source / name, "--stored=float32", *more)) == 0
+    own, other = (CachedLatents(str(source / name)).split("held_out")[0]["x"] for name in ("own", "other"))
+    factor = tiny_autoencoder().config.scaling_factor
+    torch.testing.assert_close(other / 0.2301, own / factor)
+    by_own, by_other = LatentDecoder(str(source / "vae")), LatentDecoder(str(source / "vae"), scale=0.2301)
+    torch.testing.assert_close(by_other.decode(other[None]), by_own.decode(own[None]))
+    assert "scale 0.2301" in by_other.describe()
+    root = source / "other"
+    with pytest.raises(InputError, match=rf"scale \[{factor}\], but latents in .*other have \[0.2301\]"):
+        by_own.check(root, CachedLatents(str(root)).manifest)
+    by_other.check(root, CachedLatents(str(root)).manifest)
+    assert main(arguments(source, source / "own", "--stored=float32", "--scale=0.2301")) == 2
+    assert "made with scale None, not 0.2301" in error_line(capsys)
+    assert main(arguments(source, source / "none", "--scale=0")) == 2
+    assert "scale: 0.0 is not positive" in error_line(capsys)
 
 
 def test_a_thousand_latents_killed_half_way_are_the_bytes_of_an_uninterrupted_run(tmp_path: Path) -> None:

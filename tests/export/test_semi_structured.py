@@ -63,6 +63,13 @@ def test_unpacking_gives_back_every_bit(dtype: torch.dtype, shape: tuple[int, in
     assert torch.equal(found["n"], torch.tensor(3))
 
 
+@pytest.mark.parametrize("pattern", [Sparsity(1, 4), Sparsity(2, 8), Sparsity(1, 8)])
+def test_sparser_weights_are_packed_as_2_4(pattern: Sparsity) -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)).half()
+    weight = weight * nm_mask(weight, pattern)
+    assert torch.equal(unpack(pack({"a.weight": weight}, ("a",), torch.float16))["a.weight"], weight)
+
+
 def test_a_weight_that_is_not_2_4_is_refused() -> None:
     with pytest.raises(InputError, match=r"a\.weight is not 2:4"):
         pack({"a.weight": torch.ones(32, 64)}, ("a",), torch.float16)
@@ -72,7 +79,11 @@ def test_a_weight_that_is_not_2_4_is_refused() -> None:
     ("layer", "sparsity", "dtype", "reason"),
     [
         (nn.Linear(64, 32), TWO_FOUR, torch.float16, None),
-        (nn.Linear(64, 32), Sparsity(4, 8), torch.float16, "4:8 is not 2:4"),
+        (nn.Linear(64, 32), Sparsity(1, 4), torch.float16, None),
+        (nn.Linear(64, 32), Sparsity(2, 8), torch.float16, None),
+        (nn.Linear(64, 32), Sparsity(1, 8), torch.float16, None),
+        (nn.Linear(64, 32), Sparsity(4, 8), torch.float16, "4:8 may keep more than two of four"),
+        (nn.Linear(64, 32), Sparsity(2, 6), torch.float16, "2:6 may keep more than two of four"),
         (nn.Conv2d(64, 32, 1), TWO_FOUR, torch.float16, "a Conv2d; kernels are for linear layers"),
         (nn.Linear(64, 32), TWO_FOUR, torch.float32, "neither float16 nor bfloat16"),
         (nn.Linear(64, 40), TWO_FOUR, torch.float16, "40 x 64 is no multiple of 32 x 64"),
@@ -87,6 +98,21 @@ def test_the_cpu_says_what_it_lacks() -> None:
     assert missing("cpu") == "cpu has no semi-structured kernel; a CUDA device has"
     with pytest.raises(InputError, match="cpu has no semi-structured kernel"):
         accelerate(nn.Sequential(nn.Linear(64, 32)), ("0",), "cpu")
+
+
+def test_a_device_whose_kernels_fail_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on builds of torch without the library of the kernels, or with kernels for other architectures."""
+
+    def raising(weight: Tensor) -> Tensor:
+        raise RuntimeError("cuSPARSELt not supported on your machine.\nMore.")
+
+    def probed(convert: Any) -> str | None:
+        monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", convert)
+        return semi_structured._failure.__wrapped__(torch.device("cpu"))
+
+    assert probed(lambda weight: weight) is None
+    assert probed(lambda weight: 2 * weight) == "a 2:4 product in torch.float16 is wrong"
+    assert probed(raising) == "a 2:4 product in torch.float16 fails: cuSPARSELt not supported on your machine."
 
 
 class Viewing(nn.Linear):
@@ -282,4 +308,4 @@ def test_an_artifact_of_another_pattern_is_refused(tmp_path: Path, capsys: pytes
     folder = save_artifact(module.denoiser, tmp_path / "artifact", "sparsedm", {})
     command = ["export", "--artifact", str(folder), "--format", "semi-structured", "--output", str(tmp_path / "out")]
     assert main(command) == 2
-    assert "no layer can be semi-structured: 3:4 is not 2:4" in capsys.readouterr().err
+    assert "no layer can be semi-structured: 3:4 may keep more than two of four" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning_prune.callbacks import LastCheckpoint, MaskInvariant, SparsityRam
 from lightning_prune.cli import main
 from lightning_prune.diffusion.process import Process
 from lightning_prune.methods.sparsedm import SparseDM
-from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
+from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration, Statistics, logarithmic_weights
 from lightning_prune.methods.sparsedm.distillation import Distillation
 from lightning_prune.metrics.macs import count_denoiser
 from lightning_prune.protocols import InputError, Sparsity
@@ -105,6 +106,31 @@ def test_timesteps_count_as_the_loss_weighs_them(tmp_path: Path) -> None:
         distillation=Distillation(weighting="min-snr"),
     )
     assert any(not torch.allclose(a.scale, b.scale, rtol=1e-3) for a, b in pairs(uniform, weighted))
+
+
+def test_logarithmic_weights_fall_from_the_noisiest_on(tmp_path: Path) -> None:
+    grid = torch.arange(999, -1, -1)
+    weights = logarithmic_weights(grid, grid)
+    assert weights[0] == 1
+    assert weights[-1] == pytest.approx(1 - math.log(1000) / math.log(1001), abs=1e-6)
+    assert (weights.diff() < 0).all()
+    assert weights[9] == pytest.approx(1 - math.log(10) / math.log(1001), abs=1e-6)
+    plain = one_shot(tmp_path, mask_scores="wanda")
+    early = one_shot(tmp_path, mask_scores="wanda", calibration=Calibration(weighting="logarithmic"))
+    assert any(not torch.allclose(a.scale, b.scale, rtol=1e-3) for a, b in pairs(plain, early))
+
+
+def test_magnitudes_alone_look_at_no_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Statistics, "see", None)
+    module = one_shot(tmp_path)
+    assert module.masks.violations(compare=True) == 0
+    assert module.masks.masks()
+
+
+def test_a_ramp_leads_nowhere_where_weights_are_refitted(tmp_path: Path) -> None:
+    module = tiny_sparsedm(calibration=Calibration(batches=2, compensate=True))
+    with pytest.raises(InputError, match=r"calibration\.compensate: refits for 2:4, so 3:4 cannot come first"):
+        fit(module, tmp_path, callbacks=[SparsityRamp(["3:4", "2:4"], 0.5)])
 
 
 def test_one_shot_trains_nothing_and_compensation_brings_the_output_back(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_decay_is_the_same_under_precision_and_accumulation(precision: Any, accu
 # 8: evaluation sees mask(average of W)
 
 
-@pytest.mark.parametrize(("steps", "share"), [(1_000, 0.9048), (10_000, 0.3679)])
+@pytest.mark.parametrize(("steps", "share"), [(1_000, 0.9048), (6_931, 0.5), (10_000, 0.3679), (50_000, 0.0067)])
 def test_the_average_forgets_its_start_at_the_published_rate(steps: int, share: float) -> None:
     averaging: Any = EMAWeightAveraging(decay=0.9999)
     online = nn.Linear(1, 1, bias=False)
@@ -158,8 +158,10 @@ def test_macs_of_every_ratio_in_each_convention(pattern: str) -> None:
     denoiser, sparsity = public("cifar10 small"), Sparsity.parse(pattern)
     ledger = count_denoiser(denoiser)
     released = select_units(denoiser.anatomy(), None, denoiser.default_dense(), sparsity.m)
-    dense = [name for name in denoiser.default_dense() if "skip" not in name]
+    with without_weights():
+        dense = UViT(config=PUBLIC["cifar10 small"], mask_skip_linear=True).default_dense()
     skips_too = select_units(denoiser.anatomy(), None, dense, sparsity.m)
+    assert (len(released), len(skips_too)) == (52, 58)
     a, b = ({unit.name: sparsity for unit in units} for units in (released, skips_too))
     plain = ledger.macs("linear") * sparsity.n / sparsity.m
     found = (ledger.kept(a, "linear"), ledger.kept(b, "linear"), plain, ledger.kept(a))

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_prune.callbacks import MaskInvariant, SparsityRamp
 from lightning_prune.callbacks.capability import require
 from lightning_prune.methods.sparsedm import SparseDM
-from lightning_prune.methods.sparsedm.calibration import Allocation
+from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
 from lightning_prune.protocols import InputError, Sparsity, SparsityControl
 from lightning_prune.pruning.masks import effective_state
 from lightning_prune.pruning.nm import nm_mask, to_groups
@@ -183,6 +183,52 @@ def test_the_flip_rate_is_what_a_refresh_changes() -> None:
     module.masks.refresh()
     assert expected == pytest.approx((before != masks_of(module)[name]).float().mean().item())
     assert expected > 0.1
+
+
+def test_a_chain_of_frozen_masks_regrows_nothing() -> None:
+    """What 3:4 prunes 2:4 prunes too, though the weights that stayed have become the smallest."""
+    module = tiny_sparsedm(sparsity="2:4", freeze_masks_at=0.0)
+    kept: dict[str, torch.Tensor] = {}
+    for pattern in ("3:4", "2:4", "1:4"):
+        module.set_sparsity(pattern)
+        now = masks_of(module)
+        assert all((mask <= kept.get(name, mask)).all() for name, mask in now.items())
+        module.masks.freeze()
+        with torch.no_grad():
+            for name, layer in module.masks.layers.items():
+                layer.weight.mul_(1 - 0.99 * now[name])
+                kept[name] = now[name]
+    assert all(mask.mean() == 0.25 for mask in kept.values())
+
+
+def test_the_average_begins_again_where_masks_freeze(tmp_path: Path) -> None:
+    """After two of four steps: the average is then of the last two, and of none before."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            seen.append({name: layer.weight.detach().clone() for name, layer in module.masks.layers.items()})
+
+    module = tiny_sparsedm(freeze_masks_at=0.5, optimizer=steep, ema_decay=0.75)
+    fit(module, tmp_path, callbacks=[Watch()])
+    assert len(seen) == 4
+    for name, layer in module.masks.layers.items():
+        torch.testing.assert_close(layer.weight, 0.75 * seen[2][name] + 0.25 * seen[3][name])
+
+
+def test_a_dense_control_logs_the_flips_its_masks_would_have(tmp_path: Path) -> None:
+    module = tiny_sparsedm(sparsity="4:4", optimizer=steep, ema_decay=None)
+    before: list[dict[str, torch.Tensor]] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            before.append({name: nm_mask(layer.weight, TWO_FOUR) for name, layer in module.masks.layers.items()})
+
+    trainer = fit(module, tmp_path, callbacks=[Watch()], log_every_n_steps=2)
+    for name, layer in module.masks.layers.items():
+        flipped = (before[3][name] != nm_mask(layer.weight, TWO_FOUR)).float().mean()
+        assert float(trainer.logged_metrics[f"flip_rate/{name}"]) == pytest.approx(float(flipped))
+    assert float(trainer.logged_metrics["flip_rate"]) > 0
 
 
 def test_the_flip_rate_is_logged_by_layer(tmp_path: Path) -> None:
@@ -359,6 +405,7 @@ def test_switching_at_run_time_is_exact() -> None:
         ({"also": ["3:4"], "freeze_masks_at": 0.5}, r"model\.also: masks of several patterns follow"),
         ({"also": ["3:4"], "mask_scores": "random"}, r"model\.also: masks of several patterns follow"),
         ({"also": ["3:4"], "one_shot": True}, r"model\.also: with model\.one_shot nothing is trained"),
+        ({"also": ["3:4"], "calibration": Calibration(compensate=True)}, r"compensate: writes zeros into the weights"),
     ],
 )
 def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) -> None:

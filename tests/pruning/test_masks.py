@@ -86,6 +86,21 @@ def test_decay_through_the_loss_gives_the_same_gradient(accumulated: int) -> Non
     assert collected.collected_decay() == 0.0
 
 
+@pytest.mark.parametrize("pattern", ["1:4", (1, 4), Sparsity(1, 4), {".*": "1:4"}, {"0": (1, 4), "3": Sparsity(1, 4)}])
+def test_patterns_are_written_in_any_way(pattern: Any) -> None:
+    _, masks = masked()
+    masks.set_sparsity(pattern)
+    assert {layer.sparsity for layer in masks.layers.values()} == {Sparsity(1, 4)}
+
+
+@pytest.mark.parametrize("pattern", ["2-4", (2, 4, 8), (5, 4), 2, (2.0, 4), {"0": "x"}])
+def test_what_is_no_pattern_is_refused_and_changes_nothing(pattern: Any) -> None:
+    _, masks = masked()
+    with pytest.raises(InputError, match="sparsity"):
+        masks.set_sparsity(pattern)
+    assert {layer.sparsity for layer in masks.layers.values()} == {TWO_FOUR}
+
+
 def test_pruned_weights_receive_gradient_and_may_return() -> None:
     net: Any = nn.Sequential(nn.Linear(4, 1, bias=False))
     with torch.no_grad():

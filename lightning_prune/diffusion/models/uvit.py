@@ -34,6 +34,7 @@ class UViT(TextDenoiser):
         text_tokens: as for every text denoiser.
         first_timestep: what the network calls the least noisy timestep, 0 of the process: 0 for checkpoints of the
             continuous process, which read 999 times the time, 1 for those of the discrete one, which count 1 to 1000.
+        mask_skip_linear: whether the layers that merge skips are among those that are masked by default.
     """
 
     network_class: ClassVar[type[ModelMixin]] = UViTModel
@@ -46,9 +47,10 @@ class UViT(TextDenoiser):
         null_prompt: str | None = None,
         text_tokens: int | None = None,
         first_timestep: int = 0,
+        mask_skip_linear: bool = False,
     ) -> None:
         super().__init__(weights, config, subfolder, null_prompt, text_tokens)
-        self.first_timestep = first_timestep
+        self.first_timestep, self.mask_skip_linear = first_timestep, mask_skip_linear
         stored = self.stored
         self.sample_shape = (stored.in_chans, stored.img_size, stored.img_size)
         self.num_classes = max(0, stored.num_classes - 1)
@@ -81,11 +83,12 @@ class UViT(TextDenoiser):
     def default_dense(self) -> Sequence[str]:
         """Patch, timestep and prompt embeddings, the layers that merge skips, decoder and last convolution.
 
-        Skips stay dense as in SparseDM's release, whose masked tensors are the four of every block.
+        Skips stay dense, unless `mask_skip_linear` says otherwise, as in SparseDM's release, whose masked tensors are
+        the four of every block.
         """
         stored = self.stored
         optional = {
-            r".*skip_linear": stored.skip,
+            r".*skip_linear": stored.skip and not self.mask_skip_linear,
             r"time_embed\..*": stored.mlp_time_embed,
             r"context_embed": self.takes_text,
             r"final_layer": stored.conv,

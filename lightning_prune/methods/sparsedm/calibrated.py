@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, distributed
 
 from lightning_prune.diffusion.conditions import move
-from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration, Statistics
+from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration, Statistics, logarithmic_weights
 from lightning_prune.methods.sparsedm.scores import CALIBRATED, MaskScores
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError, Sparsity
@@ -98,11 +98,15 @@ class Calibrated(PruningModule):
         return ([], []) if self.one_shot else super().configure_optimizers()
 
     def _see(self, batch: Batch, index: int) -> None:
-        """Add a batch to the statistics, noised and weighted as the loss would."""
+        """Add a batch to the statistics, noised as the loss would; magnitudes alone need none."""
+        if not self.is_calibrated:
+            return
         if self._statistics is None:
             self._statistics = self._begin()
         x_t, t, cond, _ = self.diffuse(batch, self.step_generator(5, index))
-        self._statistics.see(x_t, t, cond, self.sample_weights(t))
+        by_loss = self.calibration.weighting == "loss"
+        weights = self.sample_weights(t) if by_loss else logarithmic_weights(self.process.grid(), t)
+        self._statistics.see(x_t, t, cond, weights)
 
     def _begin(self) -> Statistics:
         """Statistics of nothing yet, or of what an interrupted run had seen."""
@@ -129,7 +133,15 @@ class Calibrated(PruningModule):
 
     def _prune(self) -> None:
         """From statistics to masks, patterns and weights; all processes call it together."""
-        statistics, self._statistics = self._statistics or self._begin(), None
+        if self.is_calibrated:
+            self._prune_by(self._statistics or self._begin())
+            self._statistics = None
+        else:
+            self.set_sparsity(self.pattern)
+        self._ready = True
+        self.weights_changed()
+
+    def _prune_by(self, statistics: Statistics) -> None:
         if self.trainer.world_size > 1:
             statistics.sum_over(self._summed)
         if scales := statistics.scales():
@@ -146,8 +158,6 @@ class Calibrated(PruningModule):
         if self.allocation is not None:
             kept = self.kept_fraction()["aten"]
             self._say(f"allocation: {kept:.4f} of MACs kept, budget {self.allocation.budget:g}")
-        self._ready = True
-        self.weights_changed()
 
     def _share_weights(self) -> None:
         """Take the first process' weights: factorisations of other machines may differ in their last digits."""

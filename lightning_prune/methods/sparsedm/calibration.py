@@ -32,6 +32,7 @@ from lightning_prune.pruning.masks import MaskSet
 from lightning_prune.pruning.obs import Layer
 
 Reduce = Callable[[Tensor], Tensor]
+CalibrationWeighting = Literal["loss", "logarithmic"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ class Calibration:
     """How statistics are taken and used.
 
     Args:
-        batches: training batches seen before training, at timesteps and conditions as the loss draws them, each sample
-            weighted as the loss weighs its timestep. With `one_shot` the run's own batches are seen instead.
+        batches: training batches seen before training, at timesteps and conditions as the loss draws them. With
+            `one_shot` the run's own batches are seen instead.
         damping: of the second moments, relative to their mean diagonal.
+        weighting: of samples: "loss", as the loss weighs their timestep, or "logarithmic", more the noisier they
+            are, as errors made early in sampling add up (OBS-Diff, Zhu et al. 2025; the constants are ours).
         compensate: refit every weight that stays to what the dense layer gave (Optimal Brain Surgeon), with zeros in
             place of those that go; "obs" masks are then chosen group by group under that compensation.
 
@@ -51,6 +54,7 @@ class Calibration:
 
     batches: int = 16
     damping: float = 1e-2
+    weighting: CalibrationWeighting = "loss"
     compensate: bool = False
 
     def __post_init__(self) -> None:
@@ -90,6 +94,13 @@ class Allocation:
     def parsed(self) -> list[Sparsity]:
         """The patterns, each once."""
         return list(dict.fromkeys(Sparsity.parse(pattern) for pattern in self.patterns))
+
+
+def logarithmic_weights(grid: Tensor, t: Tensor) -> Tensor:
+    """Weights [B] of samples at timesteps `t` [B]: 1 - log(1 + i) / log(1 + T), i after the noisiest of `grid` [T]."""
+    newest_first = grid.max() - t.to(grid)
+    index = newest_first / (grid.max() - grid.min()) * (len(grid) - 1)
+    return (1 - torch.log1p(index) / math.log1p(len(grid))).to(t.device, torch.float32)
 
 
 class Statistics:

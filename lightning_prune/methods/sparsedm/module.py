@@ -40,9 +40,16 @@ from lightning_prune.methods.sparsedm.scores import MaskScores, fixed_scores
 from lightning_prune.module import Batch, LrSchedule
 from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
-from lightning_prune.pruning.masks import MaskSet, Patterns, check_unmasked, select_units
+from lightning_prune.pruning.masks import (
+    MaskSet,
+    Patterns,
+    check_unmasked,
+    flip_rates,
+    parse_pattern,
+    select_units,
+)
 from lightning_prune.seeds import derive
-from lightning_prune.sharding import ZeRO
+from lightning_prune.sharding import WeightAverage, ZeRO
 
 
 class SparseDM(Calibrated):
@@ -53,14 +60,16 @@ class SparseDM(Calibrated):
         process: forward process and training target.
         optimizer: callable that makes the optimizer from the parameters.
         sparsity: the pattern aimed at, "n:m"; without a ramp it holds from the first step. With n == m, as in "4:4",
-            training is dense under the same loss: the control of a pruned result.
+            training is dense under the same loss: the control of a pruned result. The flips it logs are those that
+            masks of m/2:m would have.
         layers: regular expressions of the layers to mask; null masks every Linear and Conv2d that divides.
         dense_layers: regular expressions of layers to leave dense; null takes the backbone's own (embeddings,
             modulation, output).
         decay: strength of the sparse-refined term lambda (1 - m) W added to unscaled gradients; 0 is plain
             straight-through.
         noise_weight: weight of the noise-prediction loss.
-        distill_weight: weight of the distillation loss; 0 runs no teacher.
+        distill_weight: weight of the distillation loss; 0 runs no teacher. What `also` distils from the dense path has
+            this weight too, and 1 where it is 0.
         also: further patterns that the one set of weights learns at the same time, such as ["6:8"]: every step runs the
             dense path, the target and one of these, each distilled from the dense path.
         distillation: what is distilled besides plain predictions, and at which timesteps.
@@ -72,7 +81,7 @@ class SparseDM(Calibrated):
             `trainer.max_epochs: 1` and `trainer.limit_train_batches`.
         allocation: patterns by layer under a budget of MACs, in place of `sparsity` for all.
         freeze_masks_at: fraction of the steps from which masks no longer follow the weights, and pruned weights get no
-            gradient: 0 is ASP's retraining, 0.85 a late freeze; null is never.
+            gradient: 0 is ASP's retraining, 0.85 a late freeze; null is never. The average begins again there.
         lr_schedule: shape of the learning rate after the warm-up.
         warmup_steps: steps of linear warm-up.
         ema_decay: decay of the moving average of the dense shadow weights; null for none.
@@ -136,6 +145,10 @@ class SparseDM(Calibrated):
             raise InputError("model.also: several patterns have no allocation, features or guidance yet")
         if also and (freeze_masks_at is not None or mask_scores != "magnitude"):
             raise InputError("model.also: masks of several patterns follow the magnitude of the weights to the end")
+        if also and calibration.compensate:
+            raise InputError(
+                "model.calibration.compensate: writes zeros into the weights, which model.also computes with"
+            )
         self.target_sparsity = Sparsity.parse(sparsity)
         self.also = check_also([Sparsity.parse(pattern) for pattern in also or []], self.target_sparsity)
         self.freeze_masks_at = freeze_masks_at
@@ -153,6 +166,7 @@ class SparseDM(Calibrated):
             raise InputError(f"model.sparsity: {self.target_sparsity} is dense, so there is nothing to calibrate for")
         self._now: Sparsity | None = self.pattern
         self._flips: dict[str, float] = {}
+        self._before: dict[str, Tensor] | None = None
         self._decays_by_loss = False
 
     @property
@@ -274,6 +288,13 @@ class SparseDM(Calibrated):
                 raise InputError("model.freeze_masks_at needs trainer.max_steps or max_epochs")
             if self.trainer.global_step >= int(self.freeze_masks_at * total):
                 self.masks.freeze()
+                self._restart_average()
+
+    def _restart_average(self) -> None:
+        """Weights of other masks are of no use under those that stay."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAverage):
+                callback.restart()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if self._flips:
@@ -322,16 +343,29 @@ class SparseDM(Calibrated):
         super().on_fit_start()
 
     def weights_changed(self) -> None:
+        if self.pattern is None:
+            self._watch_dense()
+            return
         if self._is_logged_step():
             self._flips = self.masks.flips()
         self.masks.refresh()
 
-    def _is_logged_step(self) -> bool:
+    def _watch_dense(self) -> None:
+        """The flips of masks that a dense run would have: a decay is chosen by what share of them is left."""
+        half = self.target_sparsity.m // 2
+        if half == 0:
+            return
+        now, before = partial(self.masks.derived, Sparsity(half, self.target_sparsity.m)), self._before
+        if before is not None and self._is_logged_step():
+            self._flips = flip_rates(before, now())
+        self._before = now() if self._is_logged_step(ahead=1) else None
+
+    def _is_logged_step(self, ahead: int = 0) -> bool:
         trainer = self._trainer
         if trainer is None or not trainer.training:
             return False
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (trainer.global_step + 1) % every == 0  # this step is counted once it is over
+        return (trainer.global_step + 1 + ahead) % every == 0  # this step is counted once it is over
 
     # Planned
 
@@ -366,14 +400,21 @@ class SparseDM(Calibrated):
     def set_sparsity(self, sparsity: Patterns) -> None:
         """Change the pattern of every masked layer, or by regular expressions over names, in place; None is dense.
 
+        Patterns are "n:m", (n, m) or `Sparsity`.
+
         Where patterns were allocated, the target stands for them, and on the way there no layer gets a sparser one
         than its own.
         """
-        self.masks.set_sparsity(self.allotted(sparsity))
-        if not isinstance(sparsity, Mapping):
-            self._now = sparsity
+        if isinstance(sparsity, Mapping):
+            self.masks.set_sparsity(sparsity)
+            return
+        pattern = parse_pattern(sparsity)
+        self.masks.set_sparsity(self.allotted(pattern))
+        self._now = pattern
 
     def check_sparsity(self, sparsity: Sparsity | None) -> None:
+        if self.calibration.compensate and sparsity != self.pattern:
+            raise InputError(f"model.calibration.compensate: refits for {self.target}, so {sparsity} cannot come first")
         self.masks.check_sparsity(sparsity)
 
     def density_by_layer(self) -> Mapping[str, float]:

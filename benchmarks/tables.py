@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -157,6 +158,17 @@ class Table:
             return None
         value = row["fd_fashion"]["value"] - against["fd_fashion"]["value"]
         margin = 1.96 * float((a - b).double().std()) / math.sqrt(len(a))
+        return value, value - margin, value + margin
+
+    def mean_difference(self, pairs: Sequence[tuple[Row, Row]]) -> tuple[float, float, float] | None:
+        """Mean of the paired differences of rows drawn from equal noise, with its 95 % interval over samples."""
+        pairs = [(row, against) for row, against in pairs if self.difference(row, against) is not None]
+        if not pairs:
+            return None
+        values = [row["fd_fashion"]["value"] - against["fd_fashion"]["value"] for row, against in pairs]
+        influence = [self.influence[_text(row)] - self.influence[_text(against)] for row, against in pairs]
+        apart = torch.stack(influence).double().mean(dim=0)
+        value, margin = sum(values) / len(values), 1.96 * float(apart.std()) / math.sqrt(len(apart))
         return value, value - margin, value + margin
 
 
@@ -358,7 +370,7 @@ def _take(table: Table, job: Job, machine: Machine, minutes: float) -> None:
         "minutes": round(minutes, 1),
         "command": f"lightning_prune {shlex.join(_command(job, machine))}".replace(f"{ROOT}/", ""),
         "commit": _commit(),
-        **final_flip_rate(folder / "metrics.csv"),
+        **flip_rates(folder / "metrics.csv"),
     }
     report = json.loads((folder / "report.json").read_text())
     table.add(job, report, load_file(folder / "report-influence.safetensors"), facts, again=minutes == 0)
@@ -381,12 +393,12 @@ def repeated(table: Table, again: Table, jobs: Sequence[Job]) -> Iterator[str]:
             yield f"{_text(row)}: {values}; paired difference {interval(paired)}, {agree}"
 
 
-def final_flip_rate(metrics: Path) -> Row:
-    """The mean share of masks that flip at a step, over the last tenth of the steps it was logged at; or nothing."""
+def flip_rates(metrics: Path) -> Row:
+    """The mean share of masks that flip at a step, over the last tenth of the logged steps and over all; or nothing."""
     with metrics.open() as stream:
         logged = [float(row["flip_rate"]) for row in csv.DictReader(stream) if row.get("flip_rate")]
     last = logged[-max(1, len(logged) // 10) :]
-    return {"flip_rate": sum(last) / len(last)} if last else {}
+    return {"flip_rate": sum(last) / len(last), "mean_flip_rate": sum(logged) / len(logged)} if last else {}
 
 
 def _commit() -> str:

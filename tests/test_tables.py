@@ -103,6 +103,59 @@ def test_rows_of_different_runs_are_paired_by_sample(results: Path) -> None:
     assert table.difference(b, {**a, "sample_seed": 1}) is None
 
 
+def found(variant: str, values: list[float], seed: int = 0) -> tuple[Any, dict[str, Any], dict[str, torch.Tensor]]:
+    """A job and what its run left: the distance is the mean of `values`, one a sample."""
+    influence = torch.tensor(values, dtype=torch.float64)
+    return job(variant, seed), report(float(influence.mean())), {"result": influence}
+
+
+def test_differences_over_seeds_are_averaged_sample_by_sample(results: Path) -> None:
+    """Noise that a sample has in both seeds with opposite signs is gone from the mean."""
+    table = tables.Table.read("method", "pattern")
+    for seed, noise in ((0, [1.0, -1.0, 2.0, -2.0]), (1, [-1.0, 1.0, -2.0, 2.0])):
+        table.add(*found("ours", [4.0 + value for value in noise], seed), FACTS)
+        table.add(*found("theirs", [3.0] * 4, seed), FACTS)
+    pairs = [
+        tuple(r for r in table.rows if (r["variant"], r["seed"]) == (v, s)) for s in (0, 1) for v in ("ours", "theirs")
+    ]
+    (a, b, c, d) = (one for (one,) in pairs)
+    assert table.mean_difference([(a, b), (c, d)]) == pytest.approx((1.0, 1.0, 1.0))
+    assert table.mean_difference([(a, b)])[2] > 2
+    assert table.mean_difference([]) is None
+
+
+def test_the_table_says_within_and_ahead_as_the_protocol_means_them(results: Path) -> None:
+    verdicts: Any = load("verdicts")
+    table = tables.Table.read("method", "pattern")
+    scatter = [-0.02, 0.02, -0.02, 0.02]
+    rows = {
+        "dense": [10.0] * 4,
+        "dense-fine-tuned": [10.0] * 4,
+        "sparsedm-fixed": [10.4 + value for value in scatter],
+        "sparsedm-progressive": [10.6 + value for value in scatter],
+        "ste": [10.41 + value / 2 for value in scatter],
+        "sparsedm-several-at-dense": [11.1] * 4,
+    }
+    for variant, values in rows.items():
+        table.add(*found(variant, values), FACTS)
+    lines = verdicts.of_dense(table, ["sparsedm-fixed", "sparsedm-progressive"])
+    assert [line.rsplit("|", 2)[1].strip() for line in lines[2:]] == ["within", "not within"]
+    (fixed, _) = verdicts.against_rivals(table)[2:]
+    assert "| -0.01 [-0.02, 0.00] |" in fixed
+    (chain,) = verdicts.chains(table)[2:]
+    assert chain.endswith("| 0.20 [0.20, 0.20] | one ratio |")
+    (several,) = verdicts.several(table)[2:]
+    assert several.endswith("| 11.0 | not within 10 % |")
+
+
+def test_what_trains_nothing_is_held_against_the_dense_network_of_its_run() -> None:
+    sparsedm: Any = load("table_sparsedm")
+    jobs = {one.name: one for one in sparsedm.jobs()}
+    rows = jobs["fashion_dit-calibrated-one-shot-0"].rows
+    assert rows == {"dense": "calibrated-one-shot-dense", "calibrated one-shot at 2:4": "calibrated-one-shot"}
+    assert load("verdicts").control_of("calibrated-one-shot") == "calibrated-one-shot-dense"
+
+
 def test_the_estimate_runs_nothing(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tables.Table.read("method", "pattern")
     table.add(job("a"), report(5.0), {"result": torch.zeros(4)}, FACTS)
@@ -310,6 +363,6 @@ def test_jobs_of_every_table_name_configs_that_exist_and_rows_once(name: str) ->
 def test_the_flip_rate_at_the_end_is_that_of_the_last_tenth(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
     file.write_text("step,flip_rate\n" + "".join(f"{i},{i}\n{i},\n" for i in range(20)))
-    assert tables.final_flip_rate(file) == {"flip_rate": 18.5}
+    assert tables.flip_rates(file) == {"flip_rate": 18.5, "mean_flip_rate": 9.5}
     file.write_text("step,loss\n1,2\n")
-    assert tables.final_flip_rate(file) == {}
+    assert tables.flip_rates(file) == {}

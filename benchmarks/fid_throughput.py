@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from lightning_prune.metrics.extractors.inception import InceptionExtractor, bui
 from lightning_prune.metrics.extractors.inception_weights import cached_file, read_weights
 from lightning_prune.metrics.frechet import Moments
 from lightning_prune.metrics.latency import interleaved_seconds
+from lightning_prune.metrics.machine import machine
 
 
 class Images(Dataset[Tensor]):
@@ -78,6 +79,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("skipped: no CUDA device")
+        return
     torch.set_num_threads(options.threads)
     shape = (options.images, 3, options.size, options.size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -96,7 +100,8 @@ def main() -> None:
         "difference": float((features["ours"] - features["torch_fidelity"]).abs().max()),
         **{key: getattr(options, key) for key in ("images", "size", "batch", "repeats", "threads", "device")},
         "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(torch.device(options.device)),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     print(json.dumps(result))
 

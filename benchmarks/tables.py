@@ -369,7 +369,7 @@ def _take(table: Table, job: Job, machine: Machine, minutes: float) -> None:
         "device": machine.device,
         "minutes": round(minutes, 1),
         "command": f"lightning_prune {shlex.join(_command(job, machine))}".replace(f"{ROOT}/", ""),
-        "commit": _commit(),
+        "commit": commit(),
         **flip_rates(folder / "metrics.csv"),
     }
     report = json.loads((folder / "report.json").read_text())
@@ -401,7 +401,7 @@ def flip_rates(metrics: Path) -> Row:
     return {"flip_rate": sum(last) / len(last), "mean_flip_rate": sum(logged) / len(logged)} if last else {}
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this folder; where git knows of none, what LIGHTNING_PRUNE_COMMIT says."""
 
     def git(*words: str) -> str:
@@ -410,11 +410,11 @@ def _commit() -> str:
         except OSError:
             return ""
 
-    commit = git("rev-parse", "--short=12", "HEAD")
-    if not commit:
+    known = git("rev-parse", "--short=12", "HEAD")
+    if not known:
         return os.environ.get("LIGHTNING_PRUNE_COMMIT", "unknown")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "lightning_prune", "callbacks", "configs")
-    return commit + ("-dirty" if changed else "")
+    return known + ("-dirty" if changed else "")
 
 
 def write_card(card: Path, table: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from lightning_prune.protocols import InputError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
-SCRIPTS = sorted(file for file in FOLDER.glob("*.py") if file.stem not in ("measure", "networks"))
+SCRIPTS = sorted(file for file in FOLDER.glob("*.py") if file.stem not in ("measure", "networks", "write_table"))
 
 
 def load_measure() -> Any:
@@ -146,6 +146,38 @@ def test_no_cell_begins_that_would_end_too_late(tmp_path: Path, capsys: pytest.C
     assert go(plan, "--results", str(tmp_path), "--minutes", "5") == 0
     assert list(kept(tmp_path)) == ["short eager"]
     assert "never begun without --minutes 9: long eager" in capsys.readouterr().out
+
+
+def test_the_table_shows_every_cell_and_what_it_was_measured_with(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise ValueError("a|b")
+
+    def slow() -> Any:
+        return measure.timed({"dense": lambda: None, "2:4": lambda: None}, 4) | {"saving_kept": {"2:4": 0.5}}
+
+    go([*cells("a eager", make=slow), *cells("b eager", make=fails)], "--results", str(tmp_path))
+    content = json.loads((tmp_path / "gpu_x.json").read_text())
+    content["runs"][0]["machine"] |= {"gpu": "NVIDIA H200", "driver": "580"}
+    (tmp_path / "gpu_x.json").write_text(json.dumps(content))
+    lines = runpy.run_path(str(FOLDER / "write_table.py"))["markdown"](tmp_path).splitlines()
+    assert lines[0] == "**x**"
+    assert "NVIDIA H200, driver 580, torch" in lines[2]
+    assert lines[-2].startswith("| a eager | 0 | dense ")
+    assert lines[-2].endswith("| 2:4 0.500 |")
+    assert lines[-1] == "| b eager | 0 | failed: ValueError: a/b | | |"
+    assert runpy.run_path(str(FOLDER / "write_table.py"))["markdown"](tmp_path / "none") == ""
+
+
+def test_savings_are_held_against_those_of_macs() -> None:
+    found = measure.savings_kept({"slim": 0.6, "other": 0.9}, {"slim": 0.5, "dense": 1.0})
+    assert found == {"slim": pytest.approx(0.8)}
+
+
+def test_cells_are_measured_again_when_asked(tmp_path: Path) -> None:
+    plan, where = cells("a eager"), ("--results", str(tmp_path))
+    go(plan, *where)
+    go(cells("a eager", make=lambda: {**FOUND, "ratio": {"2:4": 0.7}}), *where, "--again")
+    assert kept(tmp_path)["a eager"]["ratio"] == {"2:4": 0.7}
 
 
 @pytest.fixture

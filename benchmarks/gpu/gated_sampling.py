@@ -31,7 +31,7 @@ from lightning_prune.metrics.block_costs import traced_costs
 from lightning_prune.metrics.latency import call_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import Cell, Facts, measure, parser, timed
+from measure import Cell, Facts, measure, parser, savings_kept, timed
 from networks import network
 
 PROCESS = Process(clip_sample=False)
@@ -65,7 +65,7 @@ def search_step(denoiser: Denoiser, problem: GateProblem, batch: int) -> Callabl
 
 def cells(options: argparse.Namespace, device: torch.device) -> Iterator[Cell]:
     """Sampling eagerly, a search step, and sampling compiled, the fewest patterns first."""
-    steps, batch = (6, 2) if options.toy else (50, 4)
+    steps, batch = (6, 2) if options.toy else (50, 16)
     dtype = torch.float32 if options.toy else torch.bfloat16
     name = "toy U-Net" if options.toy else "SD-1.5"
     repeats, task = max(2, options.repeats // 4), Task(PROCESS, steps)
@@ -78,7 +78,8 @@ def cells(options: argparse.Namespace, device: torch.device) -> Iterator[Cell]:
             "macs_kept": {one: problem.costs.kept(schedule.rows) for one, schedule in schedules.items()},
             "patterns": {one: len(schedule.patterns()) for one, schedule in schedules.items()},
         }
-        return {**about, **timed({one: task.arm(arm, mode, batch) for one, arm in arms.items()}, repeats, mode)}
+        found = timed({one: task.arm(arm, mode, batch) for one, arm in arms.items()}, repeats, mode)
+        return {**about, "saving_kept": savings_kept(found["ratio"], about["macs_kept"]), **found}
 
     def searched() -> Facts:
         denoiser, problem = problem_of(name, steps, device, dtype)

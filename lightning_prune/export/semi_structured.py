@@ -134,7 +134,7 @@ def unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def accelerate(network: nn.Module, packed: tuple[str, ...], device: torch.device | str) -> nn.Module:
     """Move a network to `device` and turn its packed layers into semi-structured tensors, in place.
 
-    What these layers read is made contiguous first; names in state dicts stay.
+    What these layers read and give is contiguous; names in state dicts stay.
 
     Raises:
         InputError: naming what the device lacks.
@@ -144,10 +144,13 @@ def accelerate(network: nn.Module, packed: tuple[str, ...], device: torch.device
     network.to(device)
     for name in packed:
         layer = network.get_submodule(name)
-        sparse = to_sparse_semi_structured(layer.get_parameter("weight").detach())
+        sparse: Any = to_sparse_semi_structured(layer.get_parameter("weight").detach())
+        # Where a release leaves that to the library of the kernel, it writes rows at once; else it is copied below.
+        sparse.fuse_transpose_cusparselt = True
         layer.register_parameter("weight", nn.Parameter(sparse, requires_grad=False))
         if contiguous_input not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(contiguous_input)
+            layer.register_forward_hook(contiguous_output)
     return network
 
 
@@ -157,6 +160,11 @@ def contiguous_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     Diffusers' transformers read such inputs: permuted images, and slices of joint sequences.
     """
     return (args[0].contiguous(), *args[1:])
+
+
+def contiguous_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A hook behind a layer. Some releases of torch give columns one after the other, which attention is slow on."""
+    return output.contiguous()
 
 
 def stored_bytes(tensor: Tensor) -> int:

@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # Seconds of a run beside others mean nothing, so the report, the last callback of a config, times one image alone.
 UNTIMED = ("--trainer.callbacks.init_args.timed_images=1", "--trainer.callbacks.init_args.timed_repeats=1")
+# What a result depends on; results and cards change while a table is made.
+CODE = ("lightning_prune/*.py", "callbacks", "configs", "benchmarks/*.py")
 KEY = ("network", "variant", "target", "seed", "sample_seed")
 Row = dict[str, Any]
 
@@ -413,7 +415,7 @@ def commit() -> str:
     known = git("rev-parse", "--short=12", "HEAD")
     if not known:
         return os.environ.get("LIGHTNING_PRUNE_COMMIT", "unknown")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "lightning_prune", "callbacks", "configs")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return known + ("-dirty" if changed else "")
 
 

@@ -1,21 +1,20 @@
 """What the rows of SparseDM's table say of its claims: within the dense network, ahead of rivals, which chain wins.
 
 A variant stands for its runs of all seeds. They are drawn from equal noise, so differences are averaged over seeds
-sample by sample; intervals are over samples and know nothing of the seeds, which stand beside them.
+sample by sample; intervals are over samples and know nothing of the seeds, whose number stands beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from tables import Row, Table, interval
 
 CONTROL = "dense-fine-tuned"
 WITHIN = 0.05  # of the dense network's distance: the upper end of the interval may be that far above the control
-NEAR = 0.10  # the same for one set of weights at several ratios, against networks of one ratio
+NEAR = 0.10  # by how much one set of weights at several ratios may be above networks of one ratio, values alone
 RIVALS = (
     "one-shot",
-    "calibrated-one-shot",
     "asp-retrained",
     "ste",
     "sr-ste",
@@ -60,10 +59,20 @@ def control_of(variant: str) -> str:
     return f"{CONTROL}-long" if "-long" in variant else CONTROL
 
 
-def difference(table: Table, network: str, variant: str, against: str) -> tuple[float, float, float] | None:
-    """Mean over the seeds that both have of `variant` less `against`, with its interval."""
+Pairs = list[tuple[Row, Row]]
+
+
+def pairs_of(table: Table, network: str, variant: str, against: str) -> Pairs:
+    """The rows of both variants by seed, where they can be compared."""
     ours, theirs = runs(table, network, variant), runs(table, network, against)
-    return table.mean_difference([(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())])
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    return [(row, other) for row, other in pairs if table.difference(row, other) is not None]
+
+
+def cell(table: Table, network: str, variant: str, against: str) -> str:
+    """Mean difference with its interval, and of how many seeds it is."""
+    pairs = pairs_of(table, network, variant, against)
+    return f"{interval(table.mean_difference(pairs))} ({len(pairs)})" if pairs else ""
 
 
 def networks(table: Table) -> list[str]:
@@ -72,30 +81,34 @@ def networks(table: Table) -> list[str]:
 
 
 def of_dense(table: Table, variants: Iterable[str]) -> list[str]:
-    """Lines of a table: each variant less the dense network fine-tuned alike, and whether it is within it."""
+    """Lines of a table: each variant less its dense control, and whether it is within it."""
     lines = [
         "| network | variant | seeds | fd_fashion, mean | less its dense control, paired | of each seed | |",
         "|---|---|---|---|---|---|---|",
     ]
     for network in networks(table):
-        found = {variant: difference(table, network, variant, control_of(variant)) for variant in variants}
-        lines += [_of_dense(table, network, variant, value) for variant, value in found.items() if value]
+        found = {variant: pairs_of(table, network, variant, control_of(variant)) for variant in variants}
+        lines += [_of_dense(table, network, variant, pairs) for variant, pairs in found.items() if pairs]
     return lines
 
 
-def _of_dense(table: Table, network: str, variant: str, found: tuple[float, float, float]) -> str:
-    ours, theirs = runs(table, network, variant), runs(table, network, control_of(variant))
-    seeds = sorted(ours.keys() & theirs.keys())
-    each = [table.difference(ours[seed], theirs[seed]) for seed in seeds]
-    mean = sum(ours[seed]["fd_fashion"]["value"] for seed in seeds) / len(seeds)
-    word = "within" if found[2] <= WITHIN * dense_distance(table, network) else "not within"
-    cells = [network, variant, str(len(seeds)), f"{mean:.2f}", interval(found)]
-    return f"| {' | '.join(cells)} | {', '.join(f'{value[0]:.2f}' for value in each if value)} | {word} |"
+def _of_dense(table: Table, network: str, variant: str, pairs: Pairs) -> str:
+    found = table.mean_difference(pairs)
+    assert found is not None
+    each = [table.difference(*pair) for pair in pairs]
+    mean = sum(row["fd_fashion"]["value"] for row, _ in pairs) / len(pairs)
+    cells = [network, variant, str(len(pairs)), f"{mean:.2f}", interval(found)]
+    cells.append(", ".join(f"{value[0]:.2f}" for value in each if value))
+    return f"| {' | '.join(cells)} | {_word(table, network, variant, found)} |"
 
 
-def dense_distance(table: Table, network: str) -> float:
-    """The distance of the dense start, drawn as the rows of the table are."""
-    return float(next(iter(runs(table, network, "dense").values()))["fd_fashion"]["value"])
+def _word(table: Table, network: str, variant: str, found: tuple[float, float, float]) -> str:
+    """Whether the upper end is at most 5 % of the dense start's distance, drawn alike; nothing where that is not."""
+    own = control_of(variant) if control_of(variant).endswith("one-shot-dense") else "dense"
+    dense = next(iter(runs(table, network, own).values()), None)
+    if dense is None:
+        return ""
+    return "within" if found[2] <= WITHIN * dense["fd_fashion"]["value"] else "not within"
 
 
 def against_rivals(table: Table) -> list[str]:
@@ -103,24 +116,20 @@ def against_rivals(table: Table) -> list[str]:
     lines = [f"| network | variant | {' | '.join(RIVALS)} |", "|---" * (2 + len(RIVALS)) + "|"]
     for network in networks(table):
         for variant in OURS:
-            found = [difference(table, network, variant, rival) for rival in RIVALS]
-            if any(found):
-                lines.append(f"| {network} | {variant} | {' | '.join(map(interval, found))} |")
+            cells = [cell(table, network, variant, rival) for rival in RIVALS]
+            if any(cells):
+                lines.append(f"| {network} | {variant} | {' | '.join(cells)} |")
     return lines
 
 
 def chains(table: Table) -> list[str]:
     """Lines of a table: a chain of ratios less the one ratio from the first step on."""
-    return _pairs(table, CHAINS, ("chain", "one ratio", "chain less one ratio"), ("chain", "neither", "one ratio"))
-
-
-def _pairs(table: Table, pairs: dict[str, str], head: Sequence[str], words: Sequence[str]) -> list[str]:
-    lines = [f"| network | {' | '.join(head)} | ahead |", "|---|---|---|---|---|"]
+    lines = ["| network | chain | one ratio | chain less one ratio | ahead |", "|---|---|---|---|---|"]
     for network in networks(table):
-        for variant, against in pairs.items():
-            if (found := difference(table, network, variant, against)) is not None:
-                word = words[0] if found[2] < 0 else words[2] if found[1] > 0 else words[1]
-                lines.append(f"| {network} | {variant} | {against} | {interval(found)} | {word} |")
+        for chain, single in CHAINS.items():
+            if (found := table.mean_difference(pairs_of(table, network, chain, single))) is not None:
+                word = "chain" if found[2] < 0 else "one ratio" if found[1] > 0 else "neither"
+                lines.append(f"| {network} | {chain} | {single} | {cell(table, network, chain, single)} | {word} |")
     return lines
 
 

@@ -65,7 +65,7 @@ class Sparsity:
     @property
     def is_within_2to4(self) -> bool:
         """Whether no aligned group of four ever keeps more than two, which is what sparse tensor cores read."""
-        return self.n <= 2 and self.m % 4 == 0
+        return self.n == 1 < self.m or (self.n == 2 and self.m % 4 == 0)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

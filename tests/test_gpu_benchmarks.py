@@ -173,11 +173,18 @@ def test_savings_are_held_against_those_of_macs() -> None:
     assert found == {"slim": pytest.approx(0.8)}
 
 
-def test_cells_are_measured_again_when_asked(tmp_path: Path) -> None:
-    plan, where = cells("a eager"), ("--results", str(tmp_path))
-    go(plan, *where)
-    go(cells("a eager", make=lambda: {**FOUND, "ratio": {"2:4": 0.7}}), *where, "--again")
-    assert kept(tmp_path)["a eager"]["ratio"] == {"2:4": 0.7}
+def test_cells_of_other_commits_are_measured_again_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, names = ("--results", str(tmp_path), "--minutes", "1.5"), ("a eager", "b eager")
+    monkeypatch.setattr(measure, "commit", lambda: "old")
+    for _ in names:
+        go(cells(*names), *where)
+    monkeypatch.setattr(measure, "commit", lambda: "new")
+    again = cells(*names, make=lambda: {**FOUND, "ratio": {"2:4": 0.7}})
+    go(again, *where)
+    assert {cell["ratio"]["2:4"] for cell in kept(tmp_path).values()} == {0.5}
+    for _ in names:
+        go(again, *where, "--again")
+    assert {cell["ratio"]["2:4"] for cell in kept(tmp_path).values()} == {0.7}
 
 
 @pytest.fixture

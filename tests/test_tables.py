@@ -138,14 +138,31 @@ def test_the_table_says_within_and_ahead_as_the_protocol_means_them(results: Pat
     }
     for variant, values in rows.items():
         table.add(*found(variant, values), FACTS)
+    # A second seed whose control was measured otherwise counts nowhere.
+    other = report(10.0)
+    other["rows"][1]["fd_fashion"]["protocol"] = "q"
+    table.add(job("dense-fine-tuned", 1), other, {"result": torch.zeros(4)}, FACTS)
+    table.add(*found("sparsedm-fixed", [30.0] * 4, 1), FACTS)
+    table.add(*found("ste", [10.41] * 4, 1), FACTS)
     lines = verdicts.of_dense(table, ["sparsedm-fixed", "sparsedm-progressive"])
+    assert "| sparsedm-fixed | 1 | 10.40 |" in lines[2]
     assert [line.rsplit("|", 2)[1].strip() for line in lines[2:]] == ["within", "not within"]
-    (fixed, _) = verdicts.against_rivals(table)[2:]
-    assert "| -0.01 [-0.02, 0.00] |" in fixed
+    (fixed, progressive) = verdicts.against_rivals(table)[2:]
+    assert "| 9.79 [9.78, 9.80] (2) |" in fixed
+    assert "| 0.19 [0.18, 0.20] (1) |" in progressive
     (chain,) = verdicts.chains(table)[2:]
-    assert chain.endswith("| 0.20 [0.20, 0.20] | one ratio |")
+    assert chain.endswith("| 0.20 [0.20, 0.20] (1) | one ratio |")
     (several,) = verdicts.several(table)[2:]
     assert several.endswith("| 11.0 | not within 10 % |")
+
+
+def test_without_the_dense_row_nothing_is_said_within(results: Path) -> None:
+    verdicts: Any = load("verdicts")
+    table = tables.Table.read("method", "pattern")
+    for variant in ("dense-fine-tuned", "ste", "calibrated-one-shot", "calibrated-one-shot-dense"):
+        table.add(*found(variant, [10.0] * 4), FACTS)
+    lines = verdicts.of_dense(table, ["ste", "calibrated-one-shot"])[2:]
+    assert [line.rsplit("|", 2)[1].strip() for line in lines] == ["", "within"]
 
 
 def test_what_trains_nothing_is_held_against_the_dense_network_of_its_run() -> None:

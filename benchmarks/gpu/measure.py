@@ -68,7 +68,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default both")
     made.add_argument("--minutes", type=float, default=8.0, help="start no cell that would end later; default 8")
     made.add_argument("--results", type=Path, metavar="DIR", help="where gpu_<script>.json is; default: beside this")
-    made.add_argument("--again", action="store_true", help="measure cells that are there, too, as of earlier code")
+    made.add_argument("--again", action="store_true", help="measure cells of other commits again")
     made.add_argument("--list", action="store_true", help="print the cells and their estimated minutes; run nothing")
     return made
 
@@ -86,7 +86,7 @@ def measure(script: str, plan: Plan, options: argparse.Namespace) -> int:
         return 0
     folder = options.results or (None if options.toy else RESULTS)
     results = Results(folder and folder / f"gpu_{script}.json", facts(device))
-    missing = [cell for cell in chosen if options.again or not results.has(cell.name)]
+    missing = [cell for cell in chosen if not results.has(cell.name, options.again)]
     late = []
     for cell in missing:
         if (time.monotonic() - began) / 60 + cell.minutes > options.minutes:
@@ -136,10 +136,13 @@ class Results:
         self.runs: list[Facts] = content["runs"]
         self.cells: dict[str, Facts] = {cell["name"]: cell for cell in content["cells"]}
 
-    def has(self, name: str) -> bool:
+    def has(self, name: str, by_this_code: bool = False) -> bool:
         """Whether a cell was measured on this kind of GPU and this torch. What failed is tried again."""
         known = self.cells.get(name)
-        return known is not None and "failed" not in known and _kind(self.runs[known["run"]]) == _kind(self.run)
+        if known is None or "failed" in known:
+            return False
+        made = self.runs[known["run"]]
+        return _kind(made) == _kind(self.run) and (not by_this_code or made.get("commit") == self.run["commit"])
 
     def add(self, cell: Facts) -> None:
         """Take a cell and write the file, whole or not at all."""

@@ -50,11 +50,14 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--format", choices=formats, default="dense", help="default dense")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of packed layers")
     parser.add_argument("--device", help="cuda: time every layer on it and pack those that win; default: pack all")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="rows to time with: images x tokens of each")
+    parser.add_argument("--tokens", type=int, help=f"rows to time with, images x tokens of each; default {TOKENS}")
     options = parser.parse_args(list(args))
     needed = "ckpt_path" if options.format in ("dense", "switchable") else "artifact"
     if getattr(options, needed) is None:
         raise InputError(f"--{needed}: needed for --format {options.format}")
+    if options.tokens is not None and (options.device is None or options.format != "semi-structured"):
+        raise InputError("--tokens: nothing is timed without --format semi-structured and --device")
+    options.tokens = TOKENS if options.tokens is None else options.tokens
     if options.tokens < 1:
         raise InputError(f"--tokens: {options.tokens} is not positive")
     other = "artifact" if needed == "ckpt_path" else "ckpt_path"

@@ -41,25 +41,25 @@ class LatentDecoder:
     """The autoencoder that makes pictures of latents, for grids, reports and `predict`.
 
     Its weights are loaded when a picture or their checksum is first asked for, by the process that asks, and go to the
-    device of the latents. Shift and, where none is given, scale are those of its own configuration.
+    device of the latents. Shift and scale are those of its own configuration, but for latents that were cached with a
+    scale of their own.
 
     Args:
         pipeline: diffusers folder of a whole pipeline or of its autoencoder alone, or a hub id.
         batch_size: latents decoded at once.
         tiled: decode in overlapping tiles, for large pictures on small devices. At seams they differ a little from
             pictures decoded in one piece, so the protocol says so.
-        scale: factor of latents, where they were cached with another than the autoencoder's own.
     """
 
     pipeline: str
     batch_size: int = 4
     tiled: bool = False
-    scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"data.decoder.batch_size: {self.batch_size} is not positive")
         self._device = torch.device("cpu")
+        self._scale: float | None = None
 
     # Before a run
 
@@ -74,11 +74,12 @@ class LatentDecoder:
                 _check_whole(file)
 
     def check(self, root: Path, manifest: Manifest) -> None:
-        """Compare the configuration with latents that are to be decoded; no weights are read.
+        """Compare the configuration with latents to be decoded, and take over their scale; no weights are read.
 
         Raises:
             InputError: no autoencoder, or one of other latents.
         """
+        self._scale = manifest.settings.get("scale")
         with _as_key():
             ours = {"channels": self.config.get("latent_channels"), **self._factors()}
             theirs = {"channels": manifest.sample_shape[0], "scale": manifest.scale, "shift": manifest.shift}
@@ -89,7 +90,7 @@ class LatentDecoder:
                     )
 
     def _factors(self) -> dict[str, list[float]]:
-        scale, shift = latent_factors(self.config, self.scale)
+        scale, shift = latent_factors(self.config, self._scale)
         return {"scale": scale, "shift": shift}
 
     @cached_property
@@ -138,9 +139,8 @@ class LatentDecoder:
 
     def _decoded(self, latents: Tensor) -> Tensor:
         network = self.network.to(self._device).requires_grad_(False)
-        scale, shift = (
-            torch.tensor(f, device=self._device).view(-1, 1, 1) for f in latent_factors(self.config, self.scale)
-        )
+        factors = latent_factors(self.config, self._scale)
+        scale, shift = (torch.tensor(f, device=self._device).view(-1, 1, 1) for f in factors)
         raw = latents.to(self._device).float() / scale + shift
         return torch.cat([network.decode(part).sample for part in raw.split(self.batch_size)])
 

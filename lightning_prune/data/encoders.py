@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,11 +111,11 @@ def latent_factors(config: Mapping[str, Any], scale: float | None = None) -> tup
     A given `scale` takes the place of the configuration's.
 
     Raises:
-        InputError: a scale that is not positive.
+        InputError: a scale for an autoencoder that has one for each channel.
     """
-    if scale is not None and not 0 < scale < math.inf:
-        raise InputError(f"scale: {scale} is not positive")
     factor, deviations = float(config.get("scaling_factor") or 1.0), config.get("latents_std")
+    if scale is not None and deviations is not None:
+        raise InputError("scale: this autoencoder scales its channels one by one")
     own = [factor] if deviations is None else [factor / value for value in deviations]
     return own if scale is None else [scale], list(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
 

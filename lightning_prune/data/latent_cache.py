@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -38,7 +39,8 @@ class CacheSettings:
         batch_size: pictures encoded at once.
         shard_size: samples a file; what is lost when the command is stopped.
         max_tokens: length of the prompt, where the pipeline lets one choose; null for its default.
-        scale: factor of latents, for denoisers that were trained with another than the autoencoder's own; null is that.
+        scale: factor of latents, for denoisers that were trained with another than the autoencoder's own; null takes
+            that one. Decoders read it in the cache.
         device: "cpu", "cuda" and so on; null takes a GPU where there is one.
     """
 
@@ -56,6 +58,8 @@ class CacheSettings:
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is not positive")
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise InputError(f"scale: {self.scale} is not positive and finite")
 
     def chosen_device(self) -> str:
         """The device asked for, or a GPU where there is one."""

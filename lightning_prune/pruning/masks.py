@@ -22,12 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lightning_prune.protocols import InputError, PrunableUnit, Sparsity
-from lightning_prune.pruning.nm import nm_mask, to_groups
+from lightning_prune.pruning.nm import largest, nm_mask, to_groups
 from lightning_prune.pruning.shards import full, in_pieces, local, shape
 
 Pattern = Sparsity | str | tuple[int, int] | None  # 2:4, "2:4" or (2, 4); None is dense
 Patterns = Pattern | Mapping[str, Pattern]  # for all layers, or by regular expressions over names
 Network = TypeVar("Network", bound=nn.Module)
+_TINY = 1e-30  # added to magnitudes that are divided by
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -125,16 +126,22 @@ class MaskedLayer(nn.Module):
             self._frozen[sparsity] = self._frozen[sparsity].to(weight.device)
             return self._frozen[sparsity]
         if self._scores is None:
-            return nm_mask(self._kept_by_denser(self._scaled(weight), sparsity), sparsity)
+            return largest(self._ranked(self._scaled(weight).detach().abs(), sparsity), sparsity)
         self._scores = self._scores.to(weight.device)
         return nm_mask(self._scores, sparsity)
 
-    def _kept_by_denser(self, weight: Tensor, sparsity: Sparsity) -> Tensor:
-        """`weight` without what frozen masks of denser patterns prune: a chain of them regrows nothing."""
-        for frozen, mask in self._frozen.items():
-            if frozen.density > sparsity.density:
-                weight = weight.detach() * mask.to(weight.device)
-        return weight
+    def _ranked(self, magnitudes: Tensor, sparsity: Sparsity) -> Tensor:
+        """Magnitudes, those below 0 that frozen masks of denser patterns prune: what has to go is of these first.
+
+        So along a chain of nested patterns nothing grows back.
+        """
+        denser = [
+            mask.to(magnitudes.device) for frozen, mask in self._frozen.items() if frozen.density > sparsity.density
+        ]
+        if not denser:
+            return magnitudes
+        kept = torch.stack(denser).all(dim=0)
+        return torch.where(kept, magnitudes, -1 / (magnitudes + _TINY))
 
     def _scaled(self, weight: Tensor) -> Tensor:
         if self._scale is None:

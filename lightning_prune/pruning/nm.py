@@ -37,7 +37,12 @@ def nm_mask(scores: Tensor, sparsity: Sparsity) -> Tensor:
     The n largest magnitudes are kept; of equal ones the lower position. Spec: Zhou et al. 2021 (SR-STE),
     section 3.1; the same axis as NVIDIA's ASP.
     """
-    groups = to_groups(scores.detach().abs(), sparsity.m)
+    return largest(scores.detach().abs(), sparsity)
+
+
+def largest(scores: Tensor, sparsity: Sparsity) -> Tensor:
+    """Boolean mask of the n largest of every group of m `scores`, sign included; of equal ones the lower position."""
+    groups = to_groups(scores, sparsity.m)
     if sparsity.is_dense:
         return torch.ones_like(scores, dtype=torch.bool)
     keep = _keep_by_comparison if sparsity.m <= _PAIRWISE_UP_TO else _keep_by_sorting

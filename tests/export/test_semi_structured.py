@@ -173,7 +173,7 @@ def test_accelerated_layers_give_rows() -> None:
     assert torch.equal(found, expected)
 
 
-# Torch calls its kernels a prototype; seen, no failure.
+# Torch warns that its kernels are a prototype.
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("compiled", [False, True])

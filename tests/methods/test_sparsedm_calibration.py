@@ -115,6 +115,8 @@ def test_logarithmic_weights_fall_from_the_noisiest_on(tmp_path: Path) -> None:
     assert weights[-1] == pytest.approx(1 - math.log(1000) / math.log(1001), abs=1e-6)
     assert (weights.diff() < 0).all()
     assert weights[9] == pytest.approx(1 - math.log(10) / math.log(1001), abs=1e-6)
+    shifted = Process("flow", "flow", shift=3.0).grid().flip(0)
+    assert torch.equal(logarithmic_weights(shifted, shifted), weights)
     plain = one_shot(tmp_path, mask_scores="wanda")
     early = one_shot(tmp_path, mask_scores="wanda", calibration=Calibration(weighting="logarithmic"))
     assert any(not torch.allclose(a.scale, b.scale, rtol=1e-3) for a, b in pairs(plain, early))

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.functional import mse_loss
-from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.data import EmbeddedFashion
 from lightning_prune.diffusion.models.dit import DiT
@@ -33,6 +32,7 @@ from lightning_prune.protocols import PrunableUnit, Sparsity
 from lightning_prune.pruning.masks import MaskSet, select_units
 from lightning_prune.pruning.nm import nm_mask
 from lightning_prune.pruning.ramps import staged
+from lightning_prune.sharding.average import _Average
 from tests.diffusion.test_uvit import PUBLIC, public
 from tests.factories import fit, tiny_dit, tiny_sparsedm
 
@@ -108,10 +108,9 @@ def test_decay_is_the_same_under_precision_and_accumulation(precision: Any, accu
 
 @pytest.mark.parametrize(("steps", "share"), [(1_000, 0.9048), (6_931, 0.5), (10_000, 0.3679), (50_000, 0.0067)])
 def test_the_average_forgets_its_start_at_the_published_rate(steps: int, share: float) -> None:
-    averaging: Any = EMAWeightAveraging(decay=0.9999)
     online = nn.Linear(1, 1, bias=False)
     nn.init.ones_(online.weight)
-    averaged = AveragedModel(online, use_buffers=False, **averaging._kwargs)
+    averaged = _Average(online, torch.device("cpu"), 0.9999)
     averaged.update_parameters(online)  # the first one copies
     nn.init.zeros_(online.weight)
     for _ in range(steps):

@@ -13,9 +13,10 @@ from lightning_prune.callbacks import MaskInvariant, SparsityRamp
 from lightning_prune.callbacks.capability import require
 from lightning_prune.methods.sparsedm import SparseDM
 from lightning_prune.methods.sparsedm.calibration import Allocation, Calibration
-from lightning_prune.protocols import InputError, Sparsity, SparsityControl
-from lightning_prune.pruning.masks import effective_state
+from lightning_prune.protocols import InputError, PrunableUnit, Sparsity, SparsityControl
+from lightning_prune.pruning.masks import MaskSet, effective_state
 from lightning_prune.pruning.nm import nm_mask, to_groups
+from lightning_prune.sharding import WeightAverage
 from tests.factories import fit, tiny_sparsedm
 from tests.traffic import Traffic
 
@@ -201,6 +202,49 @@ def test_a_chain_of_frozen_masks_regrows_nothing() -> None:
     assert all(mask.mean() == 0.25 for mask in kept.values())
 
 
+def test_weights_that_were_kept_go_before_any_that_were_not_comes_back() -> None:
+    """Kept weights that have become 0 stay ahead of pruned ones; where patterns are not nested, the largest returns."""
+    net: Any = torch.nn.Sequential(torch.nn.Linear(8, 1, bias=False))
+    weight = net[0].weight.data
+    weight.copy_(torch.tensor([[0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0]]))
+    masks = MaskSet(net, [PrunableUnit("0", "linear", ("0.weight",), 8)], Sparsity(3, 4))
+    masks.freeze()
+    weight[0, 1:3] = 0.0
+    masks.set_sparsity(TWO_FOUR)
+    assert net[0].mask[0].tolist() == [0, 1, 0, 1, 0, 0, 1, 1]
+    weight.copy_(torch.tensor([[0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0]]))
+    net[0]._frozen = {}
+    masks.set_sparsity(Sparsity(5, 8))
+    masks.freeze()
+    masks.set_sparsity(TWO_FOUR)
+    assert net[0].mask[0].tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("sparsity", ["4:4", "2:4"])
+def test_a_dense_control_of_frozen_masks_keeps_its_average(sparsity: str, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            (average,) = (c for c in trainer.callbacks if isinstance(c, WeightAverage))
+            seen.append(int(average._average_model.n_averaged))
+
+    module = tiny_sparsedm(sparsity=sparsity, freeze_masks_at=0.5, optimizer=steep, ema_decay=0.75)
+    fit(module, tmp_path, callbacks=[Watch()])
+    assert seen == ([0, 1, 2, 3] if sparsity == "4:4" else [0, 1, 0, 1]), "before each step's own"
+
+
+def test_a_dense_control_can_be_masked() -> None:
+    module = tiny_sparsedm(sparsity="4:4")
+    module.set_sparsity("2:4")
+    with torch.no_grad():
+        for layer in module.masks.layers.values():
+            layer.weight.copy_(torch.randn_like(layer.weight))
+    module.weights_changed()
+    assert module.mask_violations(compare=True) == 0
+    module.check_sparsity("1:4")  # type: ignore[arg-type]
+
+
 def test_the_average_begins_again_where_masks_freeze(tmp_path: Path) -> None:
     """After two of four steps: the average is then of the last two, and of none before."""
     seen: list[dict[str, torch.Tensor]] = []
@@ -224,7 +268,9 @@ def test_a_dense_control_logs_the_flips_its_masks_would_have(tmp_path: Path) -> 
         def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
             before.append({name: nm_mask(layer.weight, TWO_FOUR) for name, layer in module.masks.layers.items()})
 
-    trainer = fit(module, tmp_path, callbacks=[Watch()], log_every_n_steps=2)
+    # A validation after every step reads the average, whose masks are none of these.
+    often: dict[str, Any] = {"val_check_interval": 1, "limit_val_batches": 1}
+    trainer = fit(module, tmp_path, callbacks=[Watch()], log_every_n_steps=2, **often)
     for name, layer in module.masks.layers.items():
         flipped = (before[3][name] != nm_mask(layer.weight, TWO_FOUR)).float().mean()
         assert float(trainer.logged_metrics[f"flip_rate/{name}"]) == pytest.approx(float(flipped))
@@ -406,6 +452,7 @@ def test_switching_at_run_time_is_exact() -> None:
         ({"also": ["3:4"], "mask_scores": "random"}, r"model\.also: masks of several patterns follow"),
         ({"also": ["3:4"], "one_shot": True}, r"model\.also: with model\.one_shot nothing is trained"),
         ({"also": ["3:4"], "calibration": Calibration(compensate=True)}, r"compensate: writes zeros into the weights"),
+        ({"calibration": Calibration(weighting="logarithmic")}, r"calibration\.weighting: nothing is calibrated"),
     ],
 )
 def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) -> None:

@@ -445,9 +445,11 @@ def test_masked_and_accelerable() -> None:
     assert ledger.masked(sparsities) == 960
     assert ledger.masked_share(sparsities) == Fraction(960, 1005)
     assert ledger.masked({"fc1": Sparsity(4, 4)}) == 0
-    # There is no 2:4 kernel for convolutions and none for other patterns.
-    assert ledger.accelerable(sparsities) == 100
-    assert ledger.accelerable(sparsities, "module") == 110
+    # There is no 2:4 kernel for convolutions; 1:4 is 2:4, too, and 3:4 and 4:8 are not.
+    assert ledger.accelerable(sparsities) == 160
+    for pattern in (Sparsity(3, 4), Sparsity(4, 8)):
+        assert ledger.accelerable({**sparsities, "fc2": pattern}) == 100
+        assert ledger.accelerable({**sparsities, "fc2": pattern}, "module") == 110
 
 
 @pytest.mark.parametrize("name", ["fc3", "attn", "norm"])

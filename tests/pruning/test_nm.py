@@ -1,5 +1,7 @@
 """Properties of N:M masks, and the vectors of the specification (section 14)."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -19,6 +21,15 @@ def mask_of(row: list[float], pattern: str) -> list[int]:
 )
 def test_specified_row(pattern: str, expected: list[int]) -> None:
     assert mask_of([0.1, -0.4, 0.3, 0.2], pattern) == expected
+
+
+@pytest.mark.parametrize("m", range(1, 17))
+def test_kernels_of_2_to_4_read_what_never_keeps_more_of_four(m: int) -> None:
+    """The worst case of every aligned four: of each group as many as it may keep, there."""
+    for n in range(1, m + 1):
+        overlaps = [Counter(place // m for place in range(start, start + 4)).values() for start in range(0, 4 * m, 4)]
+        worst = max(sum(min(n, inside) for inside in overlap) for overlap in overlaps)
+        assert Sparsity(n, m).is_within_2to4 == (worst <= 2), (n, m)
 
 
 @pytest.mark.parametrize("pattern", RATIOS)

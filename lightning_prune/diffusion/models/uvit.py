@@ -78,13 +78,14 @@ class UViT(TextDenoiser):
 
     def arguments(self) -> dict[str, Any]:
         own = {"first_timestep": self.first_timestep} if self.first_timestep else {}
+        own |= {"mask_skip_linear": True} if self.mask_skip_linear else {}
         return {**super().arguments(), **own}
 
     def default_dense(self) -> Sequence[str]:
         """Patch, timestep and prompt embeddings, the layers that merge skips, decoder and last convolution.
 
-        Skips stay dense, unless `mask_skip_linear` says otherwise, as in SparseDM's release, whose masked tensors are
-        the four of every block.
+        Skips stay dense as in SparseDM's release, whose masked tensors are the four of every block; `mask_skip_linear`
+        masks them, too.
         """
         stored = self.stored
         optional = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ class Calibration:
             raise InputError(f"model.calibration.batches: {self.batches} is not positive")
         if not 0 <= self.damping < math.inf:
             raise InputError(f"model.calibration.damping: {self.damping:g} is negative or not finite")
+        if self.weighting not in get_args(CalibrationWeighting):
+            raise InputError(f"model.calibration.weighting: {self.weighting!r} is neither loss nor logarithmic")
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ class Allocation:
 
 def logarithmic_weights(grid: Tensor, t: Tensor) -> Tensor:
     """Weights [B] of samples at timesteps `t` [B]: 1 - log(1 + i) / log(1 + T), i after the noisiest of `grid` [T]."""
-    newest_first = grid.max() - t.to(grid)
-    index = newest_first / (grid.max() - grid.min()) * (len(grid) - 1)
-    return (1 - torch.log1p(index) / math.log1p(len(grid))).to(t.device, torch.float32)
+    rising = grid.to(t.device, torch.float32).sort().values
+    index = len(grid) - 1 - torch.searchsorted(rising, t.to(rising))
+    return 1 - torch.log1p(index.clamp(min=0)) / math.log1p(len(grid))
 
 
 class Statistics:

@@ -81,7 +81,8 @@ class SparseDM(Calibrated):
             `trainer.max_epochs: 1` and `trainer.limit_train_batches`.
         allocation: patterns by layer under a budget of MACs, in place of `sparsity` for all.
         freeze_masks_at: fraction of the steps from which masks no longer follow the weights, and pruned weights get no
-            gradient: 0 is ASP's retraining, 0.85 a late freeze; null is never. The average begins again there.
+            gradient: 0 is ASP's retraining, 0.85 a late freeze; null is never. Under a ramp every pattern's freeze when
+            it begins. The average begins again at every freeze.
         lr_schedule: shape of the learning rate after the warm-up.
         warmup_steps: steps of linear warm-up.
         ema_decay: decay of the moving average of the dense shadow weights; null for none.
@@ -145,6 +146,8 @@ class SparseDM(Calibrated):
             raise InputError("model.also: several patterns have no allocation, features or guidance yet")
         if also and (freeze_masks_at is not None or mask_scores != "magnitude"):
             raise InputError("model.also: masks of several patterns follow the magnitude of the weights to the end")
+        if calibration.weighting != "loss" and not self.is_calibrated:
+            raise InputError("model.calibration.weighting: nothing is calibrated")
         if also and calibration.compensate:
             raise InputError(
                 "model.calibration.compensate: writes zeros into the weights, which model.also computes with"
@@ -286,7 +289,8 @@ class SparseDM(Calibrated):
             total = self.trainer.estimated_stepping_batches
             if not math.isfinite(total):
                 raise InputError("model.freeze_masks_at needs trainer.max_steps or max_epochs")
-            if self.trainer.global_step >= int(self.freeze_masks_at * total):
+            # A dense stage has no masks to freeze.
+            if self.trainer.global_step >= int(self.freeze_masks_at * total) and self.masks.masks():
                 self.masks.freeze()
                 self._restart_average()
 
@@ -330,6 +334,7 @@ class SparseDM(Calibrated):
             "model.layers": f"{len(self.masks.layers)} layers ({hashlib.sha256(names).hexdigest()[:8]})",
             "model.mask_scores": self.mask_scores,
             "model.calibration.compensate": self.calibration.compensate,
+            "model.calibration.weighting": self.calibration.weighting,
             "model.allocation": json.dumps(allocation),
         }
 
@@ -345,15 +350,14 @@ class SparseDM(Calibrated):
     def weights_changed(self) -> None:
         if self.pattern is None:
             self._watch_dense()
-            return
-        if self._is_logged_step():
+        elif self._is_logged_step():
             self._flips = self.masks.flips()
         self.masks.refresh()
 
     def _watch_dense(self) -> None:
         """The flips of masks that a dense run would have: a decay is chosen by what share of them is left."""
         half = self.target_sparsity.m // 2
-        if half == 0:
+        if half == 0 or self._trainer is None or not self._trainer.training:
             return
         now, before = partial(self.masks.derived, Sparsity(half, self.target_sparsity.m)), self._before
         if before is not None and self._is_logged_step():
@@ -413,7 +417,7 @@ class SparseDM(Calibrated):
         self._now = pattern
 
     def check_sparsity(self, sparsity: Sparsity | None) -> None:
-        if self.calibration.compensate and sparsity != self.pattern:
+        if self.calibration.compensate and parse_pattern(sparsity) != self.pattern:
             raise InputError(f"model.calibration.compensate: refits for {self.target}, so {sparsity} cannot come first")
         self.masks.check_sparsity(sparsity)
 

@@ -42,7 +42,7 @@ from lightning_prune.export.report import (
 )
 from lightning_prune.metrics.evaluation import Evaluator, Measurement, SamplingSettings, Score
 from lightning_prune.metrics.samples import conditions_of
-from lightning_prune.protocols import InputError, SparsityControl, StepAware, VariantSource
+from lightning_prune.protocols import InputError, Remarks, SparsityControl, StepAware, VariantSource
 
 
 class EfficiencyReport(Callback):
@@ -199,6 +199,7 @@ class EfficiencyReport(Callback):
         method = type(pl_module).__name__.lower()
         report = build_report(method, _config(trainer), rows, self.scores, self.evaluator.floor())
         notes = _notes(report, found, self.fewer_steps)
+        notes += pl_module.remarks() if isinstance(pl_module, Remarks) else []
         write_report(report, notes, self.scores, folder, name)
         _print(report, notes, folder, name)
         return report

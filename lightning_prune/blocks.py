@@ -212,8 +212,8 @@ class GateSchedule:
     def remapped(self, steps: int, costs: BlockCosts | None = None) -> GateSchedule:
         """The schedule stretched to another number of steps: each takes the row of the nearest position.
 
-        Rows that keep a greater share of MACs than the schedule did are replaced by cheaper ones. Where the first step
-        alone does, which runs in full, a warning says what is kept.
+        Where they keep a greater share of MACs than the schedule did, some are replaced by cheaper ones; dearer ones
+        take what is left of it. Where the first step alone keeps more, which runs in full, a warning says so.
 
         Args:
             steps: network calls.
@@ -227,9 +227,10 @@ class GateSchedule:
         costs = costs or BlockCosts((1,) * len(self.blocks), 0)
         scale = (self.steps - 1) / max(1, steps - 1)
         places, kept = [round(step * scale) for step in range(steps)], costs.kept(self.rows)
-        share = _running_share([costs.step(row) for row in self.rows])
-        rows, spread = [self.rows[place] for place in places], [share[place] for place in places]
-        found = _within(rows, self.patterns(), costs, kept * (1 + 1e-9), spread)
+        running = _running_share([costs.step(row) for row in self.rows])
+        rows, spread = [self.rows[place] for place in places], [running[place] for place in places]
+        share = kept * (1 + 1e-9)
+        found = _filled(_within(rows, self.patterns(), costs, share, spread), self.patterns(), costs, share, spread)
         if costs.kept(found) > kept * (1 + 1e-9):
             warnings.warn(
                 f"gates: remapped to {steps} steps the schedule keeps {costs.kept(found):.3f} of the MACs, "
@@ -265,6 +266,30 @@ def _within(
         step, row = min(changes, key=lambda change: _distance(spent, change[0], saved[change], spread))
         found[step], spent[step] = row, costs.step(row)
     return found
+
+
+def _filled(
+    rows: Sequence[Row], patterns: Sequence[Row], costs: BlockCosts, share: float, spread: Sequence[float]
+) -> list[Row]:
+    """Rows that use what is left of a share of the MACs, one after the other becoming the dearest pattern that fits.
+
+    Of several steps the one after which MACs are spread most as they should be.
+    """
+    found, spent = list(rows), [costs.step(row) for row in rows]
+    while True:
+        left = share * costs.dense * len(rows) - sum(spent)
+        added = {
+            (step, row): costs.step(row) - spent[step]
+            for step in range(1, len(rows))
+            for row in patterns
+            if spent[step] < costs.step(row) <= spent[step] + left
+        }
+        if not added:
+            return found
+        dearest = max(added.values())
+        changes = [change for change, amount in added.items() if amount == dearest]
+        step, row = min(changes, key=lambda change: _distance(spent, change[0], -dearest, spread))
+        found[step], spent[step] = row, costs.step(row)
 
 
 def _running_share(spent: Sequence[int]) -> list[float]:

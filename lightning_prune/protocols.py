@@ -202,6 +202,14 @@ class VariantSource(Protocol):
 
 
 @runtime_checkable
+class Remarks(Protocol):
+    """Something that has to say more of its result than numbers."""
+
+    def remarks(self) -> list[str]:
+        """Sentences for the report."""
+
+
+@runtime_checkable
 class SamplerBound(Protocol):
     """Something whose result may be made for one sampler."""
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,11 @@ def test_a_schedule_is_closed_and_begins_in_full() -> None:
 def test_remapping_keeps_the_place_in_the_trajectory() -> None:
     schedule = GateSchedule.of(CHAIN, "output", [[1, 1, 1], *[[0, 0, 1]] * 4, *[[0, 0, 0]] * 4, [1, 1, 1]])
     assert schedule.remapped(10) == schedule
-    assert schedule.remapped(19).rows == tuple(schedule.rows[round(step / 2)] for step in range(19))
+    nearest = [schedule.rows[round(step / 2)] for step in range(19)]
+    found = schedule.remapped(19).rows
+    # What the nearest rows keep less than the schedule did pays for one more step in full, where most is missing.
+    assert [step for step, row in enumerate(found) if row != nearest[step]] == [9]
+    assert all(found[9])
     even = GateSchedule.of(CHAIN, "output", [[1, 1, 1], [0, 0, 1]] * 5)
     costs = BlockCosts((5, 4, 1), 2)
     assert even.remapped(20, costs).rows[::2] == even.rows
@@ -186,6 +191,14 @@ def test_remapping_keeps_no_greater_share_of_macs(steps: int, kind: str) -> None
     assert {*found} <= {*schedule.rows, (False,) * 3}
     if (steps, kind) == (11, "whole"):  # nearest are full ones to the first five
         assert [step for step, row in enumerate(found) if all(row)] == [0, 4]
+
+
+@pytest.mark.parametrize("steps", [10, 20, 25, 30, 40, 100])
+@pytest.mark.parametrize("kept", [range(0, 50, 5), (0, 1, 2, 5, 9, 14, 22, 29, 38, 47)])
+def test_remapping_uses_the_share_that_there_is(steps: int, kept: Sequence[int]) -> None:
+    """Ten of fifty whole steps, so every fifth: no fewer, wherever the nearest rows lie."""
+    schedule = GateSchedule.of(CHAIN, "output", [[int(step in kept)] * 3 for step in range(50)])
+    assert len(schedule.remapped(steps).kept_steps()) == steps // 5
 
 
 def test_remapping_to_too_few_steps_says_what_they_keep() -> None:

@@ -27,10 +27,11 @@ class SkippedStep:
     """How the prediction of a wholly skipped step follows from those before.
 
     The last one is read as x_0 and noise: both stay, so DDIM that skips steps is DDIM on the steps that are left,
-    whatever the network predicts. For plain noise prediction the prediction itself stays, which is the same, and
-    exact. With linear reuse x_0 goes on along the line through the last two; the noise is what x then holds. Solvers
-    of first order hold x_0 over a step: they are given the one that, held, does what the line does, and the step before
-    one that is skipped is theirs to begin with. Solvers of higher order draw lines of their own.
+    whatever the network predicts (but for clipping under guidance, which is of each half of a pair). For plain noise
+    prediction the prediction itself stays, which is the same, and exact. With linear reuse x_0 goes on along the line
+    through the last two; the noise is what x then holds. Solvers of first order hold x_0 over a step: they are given
+    the one that, held, does what the line does, and the step before one that is skipped is theirs to begin with.
+    Solvers of higher order draw lines of their own.
 
     Args:
         process: how predictions are read; None lets the prediction itself stay.

@@ -47,6 +47,9 @@ _SCHEDULERS: dict[str, SamplerName] = {
     "FlowMatchEulerDiscreteScheduler": "flow-euler",
 }
 
+# What makes another solver of a scheduler; how it spaces its timesteps is seen from these.
+_USUAL = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "euler_at_final": False}
+
 # Solvers of first order, which hold x_0 over a step.
 HOLDING: tuple[SamplerName, ...] = ("ddim", "euler", "flow-euler")
 
@@ -94,6 +97,10 @@ class Sampler:
         """Network calls of a trajectory, a guided pair as one; PLMS makes one more than it has steps."""
         return len(make_solver(self, process).timesteps)
 
+    def visited(self, process: Process) -> list[float]:
+        """Timesteps of the network calls."""
+        return [float(t) for t in make_solver(self, process).timesteps]
+
     def describe(self) -> str:
         """The solver in a few words, for protocols."""
         if self.timesteps is not None:
@@ -104,8 +111,11 @@ class Sampler:
 def describe_scheduler(scheduler: Any) -> str:
     """A pipeline's scheduler in the words of `Sampler.describe`; the name of its class where no sampler is like it."""
     name = type(scheduler).__name__
-    if name not in _SCHEDULERS or scheduler.config.get("algorithm_type", "dpmsolver++") != "dpmsolver++":
+    if name not in _SCHEDULERS:
         return name
+    for key, usual in _USUAL.items():
+        if (found := scheduler.config.get(key, usual)) != usual:
+            return f"{name} of {key} {found}"
     return Sampler(_SCHEDULERS[name], spacing=scheduler.config.get("timestep_spacing", "trailing")).describe()
 
 

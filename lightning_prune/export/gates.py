@@ -46,6 +46,7 @@ class GateFile:
         costs: MACs of the blocks in the `aten` convention; None in files of versions that did not write them.
         network: class and configuration of the network; None in files of versions that did not write them.
         seconds_kept: fraction of the time of network calls, as measured where a search had a budget of seconds.
+        timesteps: of the network calls; None in files of versions that did not write them.
     """
 
     schedule: GateSchedule
@@ -57,6 +58,7 @@ class GateFile:
     costs: BlockCosts | None = None
     seconds_kept: float | None = None
     network: Mapping[str, Any] | None = None
+    timesteps: tuple[float, ...] | None = None
 
     def text(self) -> str:
         """As JSON, a row of gates a line."""
@@ -73,6 +75,8 @@ class GateFile:
             "budget": self.budget,
             "macs_kept": dict(self.macs_kept),
         }
+        if self.timesteps is not None:
+            content["timesteps"] = list(self.timesteps)
         if self.seconds_kept is not None:
             content["seconds_kept"] = self.seconds_kept
         if self.network is not None:
@@ -140,6 +144,8 @@ def read_gates(file: Path) -> GateFile:
     rows = tuple(tuple(bool(gate) for gate in row) for row in content["gates"])
     if len(rows) != content["num_inference_steps"]:
         raise InputError(f"{file}: {len(rows)} rows of gates for {content['num_inference_steps']} steps")
+    if len(content.get("timesteps", rows)) != len(rows):
+        raise InputError(f"{file}: {len(content['timesteps'])} timesteps for {len(rows)} rows of gates")
     try:
         settings = content["granularity"], content["cache_mode"], tuple(content["blocks"])
         schedule = GateSchedule(*settings, rows, content.get("reuse", "last"))
@@ -155,6 +161,7 @@ def read_gates(file: Path) -> GateFile:
         costs=_block_costs(file, content),
         seconds_kept=content.get("seconds_kept"),
         network=content.get("network"),
+        timesteps=tuple(content["timesteps"]) if "timesteps" in content else None,
     )
 
 
@@ -187,6 +194,7 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
     "macs_kept": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
     "seconds_kept": _is_number,
     "network": _is_network,
+    "timesteps": lambda value: isinstance(value, list) and all(map(_is_number, value)),
 }
 
 

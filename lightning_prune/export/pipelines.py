@@ -23,6 +23,7 @@ from lightning_prune.protocols import InputError
 
 _COMPONENTS = ("transformer", "unet")
 _ROUNDING = 0.005  # of timesteps in half precision
+_OFFSET = 1.5  # timesteps: schedulers count from 0 or from 1
 
 
 class GatedPipelineNetwork(GatedPaths):
@@ -36,6 +37,7 @@ class GatedPipelineNetwork(GatedPaths):
     _suited: Callable[[], Any]  # the pipeline's scheduler as it is now, if the schedule is for it
     _timesteps: Any
     _visited: list[float]
+    _found_at: tuple[float, ...] | None
     _calls_a_step: int
     _count: int
     _last: dict[int, Any]
@@ -44,7 +46,7 @@ class GatedPipelineNetwork(GatedPaths):
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x, t = _sample_and_timestep(args, kwargs)
-        step, turn = self._next_call(float(t[0]))
+        step, turn = self._next_call(t)
         row, skipped = self.schedule.rows[step], self._skipped_step
         if any(row):
             self._last[turn] = self.run(row, turn, skipped.clock(t), *args, **kwargs)
@@ -55,8 +57,8 @@ class GatedPipelineNetwork(GatedPaths):
             return self._last[turn]
         return _with_prediction(self._last[turn], skipped.predict(self._memory[turn], x, t, step))
 
-    def _next_call(self, timestep: float) -> tuple[int, int]:
-        """Step and turn of this call."""
+    def _next_call(self, t: Tensor) -> tuple[int, int]:
+        """Step and turn of this call at timesteps `t` [B]."""
         scheduler = self._suited()
         timesteps = scheduler.timesteps
         if timesteps is not self._timesteps or self._count == self._calls_a_step * self.schedule.steps:
@@ -66,18 +68,34 @@ class GatedPipelineNetwork(GatedPaths):
                     f"not {len(timesteps)}"
                 )
             self._timesteps, self._visited, self._count = timesteps, timesteps.tolist(), 0
+            self._check_visited()
             self._skipped_step.visits(self._visited, holds(scheduler))
             self._last.clear()
             self.forget()
         step, turn = divmod(self._count, self._calls_a_step)
-        if abs(timestep - self._visited[step]) > _ROUNDING * self._visited[step]:
+        # The first calls tell a part of a trajectory and another number of calls; each look makes a device wait.
+        if (
+            self._count <= self._calls_a_step
+            and abs(float(t[0]) - self._visited[step]) > _ROUNDING * self._visited[step]
+        ):
             self._timesteps = None  # the next call begins a trajectory
             raise InputError(
-                f"timestep: {timestep:g} in call {turn + 1} of step {step}, which is at {self._visited[step]:g}: the "
-                "schedule of gates is for whole trajectories, and calls_a_step says how often a step calls the network"
+                f"timestep: {float(t[0]):g} in call {turn + 1} of step {step}, which is at {self._visited[step]:g}: "
+                "the schedule of gates is for whole trajectories, and calls_a_step says how often a step calls the "
+                "network"
             )
         self._count += 1
         return step, turn
+
+    def _check_visited(self) -> None:
+        """Refuse other timesteps than those of the search, by more than an offset of the scheduler makes."""
+        for step, (ours, theirs) in enumerate(zip(self._found_at or (), self._visited, strict=bool(self._found_at))):
+            if abs(ours - theirs) > _OFFSET + _ROUNDING * ours:
+                self._timesteps = None
+                raise InputError(
+                    f"timesteps: step {step} is at {theirs:g}, but the schedule of gates was found with it at "
+                    f"{ours:g}; remap_to runs it anyway"
+                )
 
 
 def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_to: int | None = None) -> None:
@@ -98,7 +116,7 @@ def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_t
         InputError: no such network or one that hooks have changed, a schedule for another architecture, another noise
             schedule or another solver, also one that the pipeline is given later; when run, another number of steps or
             a part of a trajectory. Weights are not compared, as a pipeline may hold them in another precision, nor is
-            the guidance scale, which pipelines are told when they are called.
+            the guidance scale or the noise that DDIM may draw (`eta`), which pipelines are told when they are called.
     """
     found, network = read_gates(Path(file)), _network(pipeline)
     if calls_a_step < 1:
@@ -128,6 +146,7 @@ def enable_gates(pipeline: Any, file: str | Path, calls_a_step: int = 1, remap_t
     network.take(schedule, gating, SkippedStep(_process(pipeline.scheduler), schedule.reuse, keeps_noise=True))
     network._suited, network._timesteps, network._calls_a_step = suited, None, calls_a_step
     network._visited, network._count, network._last = [], 0, {}
+    network._found_at = None if remap_to is not None else found.timesteps
 
 
 def _check_scheduler(file: Path, found_for: Mapping[str, Any], scheduler: Any, any_solver: bool) -> None:

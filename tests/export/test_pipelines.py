@@ -46,7 +46,8 @@ def write(denoiser: UNet2D, folder: Path, gates: Any, process: Process = PROCESS
     mark = fingerprint(denoiser, config, 4, 1.0)
     file = folder / "gates.json"
     costs = traced_costs(denoiser, "coarse", "output")
-    found = GateFile(schedule, mark, config, 1.0, 0.7, {"aten": 0.6}, costs, network=network_of(denoiser))
+    about: dict[str, Any] = {"network": network_of(denoiser), "timesteps": tuple(SAMPLER.visited(process))}
+    found = GateFile(schedule, mark, config, 1.0, 0.7, {"aten": 0.6}, costs, **about)
     file.write_text(found.text())
     return file
 
@@ -114,6 +115,11 @@ def test_another_process_or_network_is_refused(pipeline: Any, tmp_path: Path) ->
         (DPMSolverMultistepScheduler(**BETAS, timestep_spacing="trailing"), r"DPM-Solver\+\+\(2M\), trailing"),
         (DDIMScheduler(**BETAS, timestep_spacing="leading", clip_sample=False), "DDIM eta=0, leading"),
         (HeunDiscreteScheduler(**BETAS), "HeunDiscreteScheduler"),
+        (DPMSolverMultistepScheduler(**BETAS, solver_order=3), "DPMSolverMultistepScheduler of solver_order 3"),
+        (
+            DPMSolverMultistepScheduler(**BETAS, euler_at_final=True),
+            "DPMSolverMultistepScheduler of euler_at_final True",
+        ),
     ],
 )
 def test_another_solver_is_refused_unless_remapped(pipeline: Any, tmp_path: Path, scheduler: Any, said: str) -> None:
@@ -125,6 +131,33 @@ def test_another_solver_is_refused_unless_remapped(pipeline: Any, tmp_path: Path
         enable_gates(pipe, file)
     enable_gates(pipe, file, remap_to=6)
     disable_gates(pipe)
+
+
+@pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"])
+def test_a_solver_that_visits_other_timesteps_is_refused_unless_remapped(name: str, tmp_path: Path) -> None:
+    pipe, denoiser = make_pipeline(PROCESS)
+    text = write(denoiser, tmp_path, GATES).read_text()
+    words = Sampler("dpm-solver++", steps=4).describe()
+    (file := tmp_path / "dpm.json").write_text(text.replace(SAMPLER.describe(), words))
+    for own, refused in ({}, False), ({name: True}, True):
+        pipe.scheduler = DPMSolverMultistepScheduler(**BETAS, timestep_spacing="trailing", **own)
+        enable_gates(pipe, file)
+        if refused:
+            with pytest.raises(InputError, match=r"timesteps: step \d is at .* found with it at .* remap_to runs it"):
+                draw_by(pipe)
+        else:
+            draw_by(pipe)
+    enable_gates(pipe, file, remap_to=4)
+    draw_by(pipe)
+
+
+def draw_by(pipe: Any) -> None:
+    """A trajectory of a scheduler that DDIM's pipeline does not take."""
+    pipe.scheduler.set_timesteps(4)
+    x = torch.randn((1, 1, 32, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            x = pipe.scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
 
 
 class Broken(Exception):

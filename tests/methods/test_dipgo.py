@@ -67,14 +67,15 @@ def test_only_the_pruner_trains_and_the_checkpoint_holds_nothing_else(make: Any,
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"pruner"}
 
 
-def test_resumed_in_mid_epoch_finds_the_same_scores_and_gates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_resumed_in_mid_epoch_finds_the_same_scores_and_gates(precision: Any, tmp_path: Path) -> None:
     whole, resumed = tiny_dipgo(lr_schedule="cosine", noises=3), tiny_dipgo(lr_schedule="cosine", noises=3)
-    fit(whole, tmp_path / "whole", max_steps=6)
+    fit(whole, tmp_path / "whole", max_steps=6, precision=precision)
     saving = SaveAt(3, tmp_path / "three.ckpt")
     part = tiny_dipgo(lr_schedule="cosine", noises=3)
-    fit(part, tmp_path / "part", max_steps=6, callbacks=[saving], enable_checkpointing=True)
+    fit(part, tmp_path / "part", max_steps=6, callbacks=[saving], enable_checkpointing=True, precision=precision)
     torch.manual_seed(12345)
-    fit(resumed, tmp_path / "resumed", tmp_path / "three.ckpt", max_steps=6)
+    fit(resumed, tmp_path / "resumed", tmp_path / "three.ckpt", max_steps=6, precision=precision)
     assert torch.equal(resumed.state_dict()["pruner.scores"], whole.state_dict()["pruner.scores"])
     assert resumed.schedules() == whole.schedules()
 
@@ -173,6 +174,31 @@ def test_the_pruner_stays_in_single_precision(tmp_path: Path) -> None:
     assert look.kinds == {torch.float32}
 
 
+def test_controls_of_two_budgets_that_keep_as_many_steps_stand_beside_each_other() -> None:
+    module = tiny_dipgo(sampler=Sampler(steps=8), budget=0.5, further_budgets=[0.6])
+    torch.nn.init.normal_(module.pruner.scores)  # type: ignore[arg-type]
+    rows = list(module.variants())
+    assert [row for row in rows if row.startswith("ddim 4 steps")] == [
+        "ddim 4 steps", "ddim 4 steps kept", "ddim 4 steps kept at 0.5",
+    ]  # fmt: skip
+
+
+def test_whole_steps_alone_are_said_in_the_report(tmp_path: Path) -> None:
+    module = tiny_dipgo(further_budgets=None, budget=0.5)
+    with torch.no_grad():
+        module.pruner.scores.fill_(3.0)
+        module.pruner.scores[1:3] = -9.0
+    assert module.remarks() == [
+        "dipgo 0.5 runs 2 of 4 steps in full and none in part: the sampler on these steps is what to beat"
+    ]
+    with torch.no_grad():
+        module.pruner.scores[1, 0] = 20.0
+        module.pruner.scores[1, -1] = 20.0
+    module.budget = 0.6
+    assert not module.schedules()["0.6"].skips_only_whole_steps()
+    assert module.remarks() == []
+
+
 def test_rows_keep_their_budgets_and_budgets_are_nested() -> None:
     module = tiny_dipgo(sampler=Sampler(steps=8), budget=0.4)
     torch.nn.init.normal_(module.pruner.scores)  # type: ignore[arg-type]
@@ -235,12 +261,13 @@ def test_gates_json_has_the_schema(finished: Any) -> None:
     content = json.loads((folder / "artifact" / "gates.json").read_text())
     assert content.keys() == {
         "schema", "fingerprint", "scheduler", "num_inference_steps", "guidance", "granularity", "cache_mode", "blocks",
-        "gates", "budget", "macs_kept", "reuse", "block_macs", "network",
+        "gates", "budget", "macs_kept", "reuse", "block_macs", "network", "timesteps",
     }  # fmt: skip
     assert (content["num_inference_steps"], len(content["gates"])) == (4, 4)
     assert all(len(row) == len(content["blocks"]) and set(row) <= {0, 1} for row in content["gates"])
     assert 0 < content["macs_kept"]["aten"] <= content["budget"] == module.budget
     assert content["macs_kept"].keys() == {"aten", "module"}
+    assert content["timesteps"] == module.problem.sampler.visited(PROCESS)
 
 
 def test_pictures(finished: Any) -> None:
@@ -356,6 +383,11 @@ def test_damaged_gates_name_the_file(change: Any, message: str, tmp_path: Path) 
         ({"temperature": 0.0}, "temperature"),
         ({"noises": 0}, "noises"),
         ({"collapse_weight": -1.0}, "collapse_weight"),
+        ({"collapse_weight": 1.0, "preset": "paper"}, r"collapse_weight: has no gradient"),
+        ({"selection": "greedy"}, r"selection: greedy knows neither gates of steps"),
+        ({"selection": "bisection", "preset": "paper", "whole_steps": False}, r"selection: bisection knows neither"),
+        ({"further_budgets": [2.0]}, r"model\.further_budgets: 2 is not in"),
+        ({"budget_range": (0.01, 0.02)}, r"budget_range: ends at 0\.02, but the first step alone takes 0\.25"),
         ({"teacher_steps": 3}, "teacher_steps: 3 is less than the sampler's own 4"),
         ({"teacher_steps": 2000}, "teacher_steps: .*2000 sampling steps, but the process has 1000"),
         ({"collapse_weight": math.nan}, "collapse_weight: nan"),

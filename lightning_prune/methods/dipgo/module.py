@@ -8,13 +8,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_prune.blocks import BlockCosts, CacheMode, GateSchedule, Reuse, Row
@@ -73,7 +71,8 @@ class DiPGO(PruningModule):
         granularity: what a gate is for: "coarse" or "fine" parts of a U-Net, "block" or "half" of a transformer.
         cache_mode: what a skipped block gives: its last "output", or its input and the "residual" it last added.
         budget: fraction of the dense trajectory's MACs that the result may keep.
-        further_budgets: budgets of further schedules from the same search, nested with the first unless refined.
+        further_budgets: budgets of further schedules from the same search, nested with the first under the selection
+            "exact" unless refined.
         budget_of: what budgets are fractions of: MACs, or seconds of calls for a training batch, as measured on this
             machine when the run starts.
         preset: "budgeted" draws gates at a budget, "paper" shuts them by the published sparsity loss.
@@ -84,11 +83,11 @@ class DiPGO(PruningModule):
         teacher_steps: steps in which the dense samples that others are compared with are drawn; null is the sampler's
             own. More of them leave less of its error in what is searched for.
         decode: whether the loss is of the pictures that the data's decoder makes of latents, as published.
-        collapse_weight: weight of the expected share of steps skipped as a whole.
+        collapse_weight: weight of the expected share of steps skipped as a whole; "budgeted" only.
         whole_steps: whether the result may skip whole steps.
         cost_weight: weight alpha of the published sparsity loss; "paper" only.
         cost_floor: kept fraction of MACs below which that loss is left out; "paper" only.
-        cascades: whether a block's weight in that loss holds what it drags along.
+        cascades: whether a block's weight in that loss counts what it drags along; if not, all weigh the same.
         pruner: "table" is a free score a gate, "queries" the published network.
         encoder: of the published network.
         selection: from scores to a schedule: "exact", or the published "bisection" or "greedy".
@@ -160,7 +159,14 @@ class DiPGO(PruningModule):
         if full_steps and not (refine and whole_steps):
             raise InputError("model.full_steps: needs model.refine, and model.whole_steps to skip the others")
         self.step_gates = step_gates and preset == "budgeted"
-        _check(sampler, process, self.budgets, budget_range, noises)
+        if selection != "exact" and (self.step_gates or not whole_steps):
+            raise InputError(
+                f"model.selection: {selection} knows neither gates of steps nor steps that must not be skipped; set "
+                "model.step_gates: false and model.whole_steps: true"
+            )
+        if collapse_weight and preset == "paper":
+            raise InputError('model.collapse_weight: has no gradient under model.preset "paper"')
+        _check(sampler, process, self.budgets, budget_range, noises, budget)
         numbers = {"temperature": temperature, "collapse_weight": collapse_weight, "cost_weight": cost_weight}
         _check_numbers(numbers | {"cost_floor": cost_floor, "refine": refine}, positive=("temperature",))
         self.predict_sampler = sampler
@@ -182,6 +188,7 @@ class DiPGO(PruningModule):
         self.teacher = Teacher(lambda ids, cond: self._dense_images(ids, cond))
         self._recent: deque[Batch] = deque(maxlen=_RECENT)
         self._refined: dict[float, tuple[Row, ...]] = {}
+        self._searched = self._search_of()
 
     @property
     def budgets(self) -> list[float]:
@@ -208,9 +215,9 @@ class DiPGO(PruningModule):
     def _gates(self, ids: Tensor) -> DrawnGates:
         graph, costs = self.problem.graph, self.problem.costs
         with torch.autocast(self.device.type, enabled=False):
+            # Dropout in the encoder of queries; the same on every process.
+            torch.manual_seed(derive(self.seed, 5, self._index))
             if self.preset == "paper":
-                # Dropout in the encoder; the same on every process.
-                torch.manual_seed(derive(self.seed, 5, self._index))
                 return published_gates(self._scores(), graph, costs, self.cascades)
             draws = torch.stack([self._uniforms(int(i)) for i in ids.tolist()]).to(self.device)
             low, high = self.budget_range
@@ -264,11 +271,6 @@ class DiPGO(PruningModule):
         super().train(mode)
         self.denoiser.eval()
         return self
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        # A trainer of half precision has converted everything by now; steps of 1e-4 around 1 would round to nothing.
-        self.pruner.float()
-        return super().configure_optimizers()
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Refuse any but the sampler that gates are searched for."""
@@ -386,9 +388,10 @@ class DiPGO(PruningModule):
         checkpoint["searched"] = self._searched
         checkpoint["nanoseconds"] = self._seconds and (self._seconds.blocks, self._seconds.shell)
 
-    @cached_property
-    def _searched(self) -> str:
-        """What the teacher's images, gates and scores of a checkpoint are of."""
+    def _search_of(self) -> str | None:
+        """What the teacher's images, gates and scores of a checkpoint are of, as given: precisions come later."""
+        if any(parameter.is_meta for parameter in self.denoiser.parameters()):
+            return None  # a plan has shapes alone
         problem, sampler = self.problem, self.problem.sampler
         scheduler = solver_config(sampler, self.process)
         denoiser = fingerprint(self.denoiser, scheduler, problem.steps, sampler.guidance)
@@ -468,13 +471,23 @@ class DiPGO(PruningModule):
         for budget, schedule in self.schedules().items():
             for name in self.compare:
                 row, variant = control(name, self.denoiser, self.problem, float(budget), schedule, self.seed)
-                rows[row] = variant
+                # The steps kept are another budget's where the name is taken; all else of that name is the same.
+                rows[f"{row} at {budget}" if row in rows and row.endswith(" kept") else row] = variant
             rows[self.result_name(budget)] = Variant(gated(self.denoiser, schedule, self.process))
         return rows
 
     def result_name(self, budget: str) -> str:
         """Name of the row of a budget's schedule."""
         return f"dipgo {budget}"
+
+    def remarks(self) -> list[str]:
+        """Which schedules skip nothing but whole steps."""
+        found = []
+        for budget, schedule in self.schedules().items():
+            if schedule.skips_only_whole_steps():
+                runs = f"{len(schedule.kept_steps())} of {schedule.steps} steps in full and none in part"
+                found.append(f"{self.result_name(budget)} runs {runs}: the sampler on these steps is what to beat")
+        return found
 
     def sample_images(
         self, ids: Tensor, cond: Condition, sampler: Sampler, seed: int = 0, on_step: OnStep | None = None
@@ -505,6 +518,7 @@ class DiPGO(PruningModule):
                 macs_kept={"aten": self.costs.kept(schedule.rows), "module": module.kept(schedule.rows)},
                 costs=self.costs,
                 network=network_of(self.denoiser),
+                timesteps=tuple(sampler.visited(self.process)),
                 seconds_kept=None if self._seconds is None else self._seconds.kept(schedule.rows),
             )
             files[GATES if schedule is result else gates_of(budget)] = file.text()
@@ -521,6 +535,7 @@ def _check(
     budgets: list[float],
     budget_range: tuple[float, float] | None,
     noises: int | None,
+    own: float,
 ) -> None:
     if sampler.draws_noise:
         raise InputError(f"model.sampler: {sampler.name} draws noise at every step, under which no value can be reused")
@@ -528,10 +543,14 @@ def _check(
         raise InputError("model.sampler.steps: 1 step leaves nothing to reuse; at least 2 are needed")
     for budget in budgets:
         if not 0 < budget <= 1:
-            raise InputError(f"model.budget: {budget:g} is not in (0, 1]")
+            key = "model.budget" if budget == own else "model.further_budgets"
+            raise InputError(f"{key}: {budget:g} is not in (0, 1]")
     if budget_range is not None and not 0 < budget_range[0] <= budget_range[1] <= 1:
         low, high = budget_range
         raise InputError(f"model.budget_range: {low:g} to {high:g} is no range of fractions in (0, 1]")
+    if budget_range is not None and budget_range[1] < 1 / sampler.calls(process):
+        first = 1 / sampler.calls(process)
+        raise InputError(f"model.budget_range: ends at {budget_range[1]:g}, but the first step alone takes {first:g}")
     if noises is not None and noises < 1:
         raise InputError(f"model.noises: {noises} is not positive")
 

@@ -6,7 +6,8 @@ A score is the logit of keeping: sigmoid(score) is the softmax of (skip, keep) l
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,19 @@ _HIDDEN = 128
 _DROPOUT = 0.1
 
 
-class ScoreTable(nn.Module):
+class _Single(nn.Module):
+    """Stays in single precision whatever a trainer converts: steps of 1e-4 around 1 would round to nothing."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def kept(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return tensor.to(found.device) if found.dtype in (torch.float16, torch.bfloat16) else found
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class ScoreTable(_Single):
     """One free score a gate, all equal at first."""
 
     def __init__(self, steps: int, blocks: int) -> None:
@@ -28,7 +41,7 @@ class ScoreTable(nn.Module):
         return self.scores
 
 
-class QueryPruner(nn.Module):
+class QueryPruner(_Single):
     """The published network: a learned query a gate, an encoder over queries, a head a gate.
 
     Args:

@@ -47,7 +47,6 @@ from lightning_prune.methods.mosaicdiff.plan import (
     refine,
     sampling_grid,
     stages_for,
-    visited_timesteps,
 )
 from lightning_prune.methods.mosaicdiff.pruner import Pruner
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
@@ -123,7 +122,7 @@ def prune(
     grid = sampling_grid(PROCESS, sampler)
     bins = refine([stages_for(recipe, grid, 1.0)])
     curvature = Curvature(dense.network, dense.groups(), len(bins), folder)
-    visited, generator = visited_timesteps(PROCESS, sampler), torch.Generator().manual_seed(0)
+    visited, generator = sampler.visited(PROCESS), torch.Generator().manual_seed(0)
     for x0, cond in batches:
         bin_of, t = draw_in_bins(bins, visited, PROCESS, len(x0), generator)
         noise = torch.randn(x0.shape, generator=generator)

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import ROOT, UNTIMED, Job, Row, Table, distance_cell, interval, run_table
+from records import ROOT
+from tables import UNTIMED, Job, Row, Table, distance_cell, interval, run_table
 
 SEEDS = (0, 1, 2)
 STEPS = {"fashion_dit": 50, "fashion_unet": 20}

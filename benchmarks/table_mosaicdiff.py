@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import ROOT, UNTIMED, Job, Row, Table, distance_cell, interval, run_table
+from records import ROOT
+from tables import UNTIMED, Job, Row, Table, distance_cell, interval, run_table
 
 SEEDS = (0, 1, 2)
 TARGETS = {"fashion_dit": (0.33, 0.5, 0.2), "fashion_unet": (0.33,)}

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import ROOT, UNTIMED, Job, Row, Table, distance_cell, run_table
+from records import ROOT
+from tables import UNTIMED, Job, Row, Table, distance_cell, run_table
 from verdicts import CONTROL, against_rivals, chains, control_of, of_dense, runs, several
 
 from lightning_prune.diffusion.models import Denoiser

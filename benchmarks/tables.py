@@ -29,12 +29,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(Path(__file__).parent))
+from records import RESULTS, ROOT, commit, write_card
+
 # Seconds of a run beside others mean nothing, so the report, the last callback of a config, times one image alone.
 UNTIMED = ("--trainer.callbacks.init_args.timed_images=1", "--trainer.callbacks.init_args.timed_repeats=1")
-# What a result depends on; results and cards change while a table is made.
-CODE = ("lightning_prune/*.py", "callbacks", "configs", "benchmarks/*.py")
 KEY = ("network", "variant", "target", "seed", "sample_seed")
 Row = dict[str, Any]
 
@@ -372,7 +371,7 @@ def _take(table: Table, job: Job, machine: Machine, minutes: float) -> None:
         "minutes": round(minutes, 1),
         "command": f"lightning_prune {shlex.join(_command(job, machine))}".replace(f"{ROOT}/", ""),
         "commit": commit(),
-        **flip_rates(folder / "metrics.csv"),
+        **logged_flips(folder / "metrics.csv"),
     }
     report = json.loads((folder / "report.json").read_text())
     table.add(job, report, load_file(folder / "report-influence.safetensors"), facts, again=minutes == 0)
@@ -395,38 +394,12 @@ def repeated(table: Table, again: Table, jobs: Sequence[Job]) -> Iterator[str]:
             yield f"{_text(row)}: {values}; paired difference {interval(paired)}, {agree}"
 
 
-def flip_rates(metrics: Path) -> Row:
+def logged_flips(metrics: Path) -> Row:
     """The mean share of masks that flip at a step, over the last tenth of the logged steps and over all; or nothing."""
     with metrics.open() as stream:
         logged = [float(row["flip_rate"]) for row in csv.DictReader(stream) if row.get("flip_rate")]
     last = logged[-max(1, len(logged) // 10) :]
     return {"flip_rate": sum(last) / len(last), "mean_flip_rate": sum(logged) / len(logged)} if last else {}
-
-
-def commit() -> str:
-    """The commit of this folder; where git knows of none, what LIGHTNING_PRUNE_COMMIT says."""
-
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        except OSError:
-            return ""
-
-    known = git("rev-parse", "--short=12", "HEAD")
-    if not known:
-        return os.environ.get("LIGHTNING_PRUNE_COMMIT", "unknown")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
-    return known + ("-dirty" if changed else "")
-
-
-def write_card(card: Path, table: str) -> None:
-    """Put `table` between the markers of a card. Raises `ValueError` if it has none."""
-    begin, end = "<!-- table -->", "<!-- end of table -->"
-    text = card.read_text()
-    if begin not in text or end not in text:
-        raise ValueError(f"{card}: has no {begin} ... {end}")
-    head, rest = text.split(begin, 1)
-    card.write_text(f"{head}{begin}\n{table.strip()}\n{end}{rest.split(end, 1)[1]}")
 
 
 def interval(value: tuple[float, float, float] | None) -> str:

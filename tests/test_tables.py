@@ -380,6 +380,6 @@ def test_jobs_of_every_table_name_configs_that_exist_and_rows_once(name: str) ->
 def test_the_flip_rate_at_the_end_is_that_of_the_last_tenth(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
     file.write_text("step,flip_rate\n" + "".join(f"{i},{i}\n{i},\n" for i in range(20)))
-    assert tables.flip_rates(file) == {"flip_rate": 18.5, "mean_flip_rate": 9.5}
+    assert tables.logged_flips(file) == {"flip_rate": 18.5, "mean_flip_rate": 9.5}
     file.write_text("step,loss\n1,2\n")
-    assert tables.flip_rates(file) == {}
+    assert tables.logged_flips(file) == {}

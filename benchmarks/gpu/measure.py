@@ -24,14 +24,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tables import commit
+from records import RESULTS, commit
 
 from lightning_prune.files import written_whole
 from lightning_prune.metrics.latency import Arms, call_memory, graphs_compiled, interleaved_seconds, warm_up
 from lightning_prune.metrics.machine import machine, versions
 from lightning_prune.protocols import InputError
 
-RESULTS = Path(__file__).parents[1] / "results"
 SKIPPED = "skipped: no CUDA device"
 MODES = ("eager", "compiled")
 Facts = dict[str, Any]

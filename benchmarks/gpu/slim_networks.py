@@ -25,7 +25,7 @@ from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import sample_images
 from lightning_prune.diffusion.solvers import Sampler
-from lightning_prune.methods.mosaicdiff.plan import draw_in_bins, refine, sampling_grid, stages_for, visited_timesteps
+from lightning_prune.methods.mosaicdiff.plan import draw_in_bins, refine, sampling_grid, stages_for
 from lightning_prune.methods.mosaicdiff.pruner import Pruner
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe
@@ -71,7 +71,7 @@ def prune(denoiser: Denoiser, steps: int, batches: int, batch: int) -> Callable[
     device = next(denoiser.parameters()).device
 
     def run() -> object:
-        grid, visited = sampling_grid(PROCESS, sampler), visited_timesteps(PROCESS, sampler)
+        grid, visited = sampling_grid(PROCESS, sampler), sampler.visited(PROCESS)
         bins = refine([stages_for(recipe, grid, 1.0)])
         curvature = Curvature(denoiser.network, denoiser.groups(), len(bins))
         generator, kept = torch.Generator().manual_seed(0), []

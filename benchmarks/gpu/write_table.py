@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from measure import RESULTS, Facts
-from tables import write_card
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records import RESULTS, write_card
 
 CARD = RESULTS.parent / "README.md"
+Facts = dict[str, Any]
 
 
 def markdown(folder: Path) -> str:

@@ -73,11 +73,11 @@ class LatentDecoder:
             for file in _weights(self._folder):
                 _check_whole(file)
 
-    def check(self, root: Path, manifest: Manifest) -> None:
-        """Compare the configuration with latents to be decoded, and take over their scale; no weights are read.
+    def adopt(self, root: Path, manifest: Manifest) -> None:
+        """Take over the scale of latents to be decoded, and compare the rest with them; no weights are read.
 
         Raises:
-            InputError: no autoencoder, or one of other latents.
+            InputError: no autoencoder, or one whose configuration is of other latents.
         """
         self._scale = manifest.settings.get("scale")
         with _as_key():

@@ -209,7 +209,7 @@ class CachedLatents(DataModule):
         """Refuse a network, a decoder or pictures that do not fit the latents."""
         super().setup(stage)
         if self.decoder is not None:
-            self.decoder.check(self.root, self.manifest)
+            self.decoder.adopt(self.root, self.manifest)
             self._check_pictures(self.decoder)
 
     def _check_pictures(self, decoder: LatentDecoder) -> None:

@@ -17,7 +17,7 @@ from lightning_prune.diffusion.gating import Gating, install, sharing_copy
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.recall import Slot, Value, read, store
-from lightning_prune.diffusion.solvers import HOLDING, Sampler, make_solver
+from lightning_prune.diffusion.solvers import HOLDING, Sampler
 from lightning_prune.protocols import InputError
 
 Path = Callable[..., tuple[Any, list[Slot]]]  # of stored values, the clock, and what the network is called with
@@ -250,7 +250,7 @@ def begin(denoiser: nn.Module, sampler: Sampler, process: Process) -> None:
 
 def tell(skipped_step: SkippedStep, sampler: Sampler, process: Process) -> None:
     """Tell skipped steps of a sampler's trajectory."""
-    skipped_step.visits(make_solver(sampler, process).timesteps.tolist(), sampler.name in HOLDING)
+    skipped_step.visits(sampler.visited(process).tolist(), sampler.name in HOLDING)
 
 
 def check_solver(denoiser: nn.Module, sampler: Sampler, process: Process) -> None:

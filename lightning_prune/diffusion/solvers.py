@@ -95,11 +95,11 @@ class Sampler:
 
     def calls(self, process: Process) -> int:
         """Network calls of a trajectory, a guided pair as one; PLMS makes one more than it has steps."""
-        return len(make_solver(self, process).timesteps)
+        return len(self.visited(process))
 
-    def visited(self, process: Process) -> list[float]:
-        """Timesteps of the network calls."""
-        return [float(t) for t in make_solver(self, process).timesteps]
+    def visited(self, process: Process) -> Tensor:
+        """The timestep of every network call of a trajectory, falling [K]."""
+        return make_solver(self, process).timesteps
 
     def describe(self) -> str:
         """The solver in a few words, for protocols."""

@@ -93,7 +93,7 @@ def test_latents_by_another_factor_are_decoded_by_it(source: Path, capsys: pytes
     factor = tiny_autoencoder().config.scaling_factor
     torch.testing.assert_close(other / 0.2301, own / factor)
     by_own, by_other = LatentDecoder(str(source / "vae")), LatentDecoder(str(source / "vae"))
-    by_other.check(source / "other", CachedLatents(str(source / "other")).manifest)
+    by_other.adopt(source / "other", CachedLatents(str(source / "other")).manifest)
     torch.testing.assert_close(by_other.decode(other[None]), by_own.decode(own[None]))
     assert "scale 0.2301" in by_other.describe()
     assert "scale 0.2301" not in by_own.describe()

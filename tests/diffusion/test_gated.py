@@ -16,7 +16,7 @@ from lightning_prune.diffusion.gating import GatedPart, install, remove
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.samplers import initial_noise, integrate, sample_images
-from lightning_prune.diffusion.solvers import Sampler, make_solver
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.diffusion.unroll import Unroll
 from lightning_prune.metrics.block_costs import block_costs, traced_costs
 from lightning_prune.metrics.macs import count_denoiser
@@ -337,10 +337,10 @@ def test_other_solvers_count_their_calls(name: Any) -> None:
 
 def test_plms_makes_a_call_more_than_it_has_steps() -> None:
     process = Process("scaled_linear", "epsilon", beta_start=0.00085, beta_end=0.012, clip_sample=False)
-    visited = make_solver(Sampler("plms", 50, spacing="leading"), process).timesteps.tolist()
+    visited = Sampler("plms", 50, spacing="leading").visited(process).tolist()
     assert len(visited) == 51
     assert visited[:4] == [981, 961, 961, 941]
-    assert make_solver(Sampler("ddim", 50, spacing="leading"), process).timesteps.tolist() == list(range(981, 0, -20))
+    assert Sampler("ddim", 50, spacing="leading").visited(process).tolist() == list(range(981, 0, -20))
 
 
 @pytest.mark.parametrize(("make", "granularity", "mode"), KINDS)

@@ -17,7 +17,7 @@ from lightning_prune.diffusion.models import Denoiser, families
 from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import PipelineRouter, StagedDenoiser, stage_of_step
 from lightning_prune.diffusion.samplers import sample_images
-from lightning_prune.diffusion.solvers import Sampler, make_solver
+from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.export import save_artifact
 from lightning_prune.export.staged import FILE
 from lightning_prune.metrics.trajectory import trajectory_cost
@@ -144,7 +144,7 @@ def test_stages_are_no_family_and_cannot_be_cut_again() -> None:
 
 def test_the_router_of_a_pipeline_chooses_by_timestep() -> None:
     denoiser = staged(tiny_dit())
-    timesteps = make_solver(Sampler(steps=5), PROCESS).timesteps.tolist()
+    timesteps = Sampler(steps=5).visited(PROCESS).tolist()
     assert timesteps == [999, 799, 599, 399, 199]
     router = PipelineRouter(denoiser, timesteps)
     assert [router.stage(t) for t in (999, 800, 799, 798, 599, 598, 199, 0)] == [0, 0, 0, 1, 1, 2, 2, 2]

@@ -39,7 +39,7 @@ def test_the_noise_of_a_clipped_step_belongs_to_the_clipped_image() -> None:
     # With x_0 at the edge, what is left of x_t is noise; one and the same at every step from then on.
     process = Process(schedule="cosine", prediction="v", clip_sample=True)
     _, seen = run(process, 3.0)
-    timesteps = make_solver(Sampler(steps=STEPS), process).timesteps
+    timesteps = Sampler(steps=STEPS).visited(process)
     noises = []
     for x, t in zip(seen[1:], timesteps[1:], strict=True):
         signal, sigma = process.coefficients(t.repeat(len(x)), x)

@@ -124,7 +124,7 @@ def test_a_ddim_step_goes_to_the_next_timestep_of_the_list() -> None:
 
 @pytest.mark.parametrize(("steps", "first", "last"), [(50, 981, 1), (20, 951, 1)])
 def test_leading_spacing_is_that_of_stable_diffusion(steps: int, first: int, last: int) -> None:
-    timesteps = make_solver(Sampler("ddim", steps, spacing="leading"), Process()).timesteps.tolist()
+    timesteps = Sampler("ddim", steps, spacing="leading").visited(Process()).tolist()
     assert (timesteps[0], timesteps[-1]) == (first, last)
     scheduler = DDIMScheduler(steps_offset=1, timestep_spacing="leading")
     scheduler.set_timesteps(steps)

@@ -46,7 +46,7 @@ def write(denoiser: UNet2D, folder: Path, gates: Any, process: Process = PROCESS
     mark = fingerprint(denoiser, config, 4, 1.0)
     file = folder / "gates.json"
     costs = traced_costs(denoiser, "coarse", "output")
-    about: dict[str, Any] = {"network": network_of(denoiser), "timesteps": tuple(SAMPLER.visited(process))}
+    about: dict[str, Any] = {"network": network_of(denoiser), "timesteps": tuple(SAMPLER.visited(process).tolist())}
     found = GateFile(schedule, mark, config, 1.0, 0.7, {"aten": 0.6}, costs, **about)
     file.write_text(found.text())
     return file

@@ -267,7 +267,7 @@ def test_gates_json_has_the_schema(finished: Any) -> None:
     assert all(len(row) == len(content["blocks"]) and set(row) <= {0, 1} for row in content["gates"])
     assert 0 < content["macs_kept"]["aten"] <= content["budget"] == module.budget
     assert content["macs_kept"].keys() == {"aten", "module"}
-    assert content["timesteps"] == module.problem.sampler.visited(PROCESS)
+    assert content["timesteps"] == module.problem.sampler.visited(PROCESS).tolist()
 
 
 def test_pictures(finished: Any) -> None:

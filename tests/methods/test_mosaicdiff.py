@@ -31,7 +31,6 @@ from lightning_prune.methods.mosaicdiff.plan import (
     sampling_grid,
     stages_for,
     timesteps_of,
-    visited_timesteps,
 )
 from lightning_prune.methods.mosaicdiff.pruner import parameters_held
 from lightning_prune.methods.mosaicdiff.sensitivity import interpolated
@@ -562,7 +561,7 @@ def test_a_network_without_widths_is_refused() -> None:
 def test_stages_cover_every_training_timestep_once(schedule: Any, steps: int) -> None:
     process = Process(schedule=schedule, prediction="flow" if schedule == "flow" else "epsilon")
     sampler = Sampler("flow-euler" if schedule == "flow" else "ddim", steps)
-    visited = visited_timesteps(process, sampler)
+    visited = sampler.visited(process)
     stages = stages_for(Recipe("published"), sampling_grid(process, sampler), 1.0)
     covered = torch.cat([timesteps_of(stage, visited, process) for stage in stages])
     expected = process.grid()[process.grid() <= float(visited[0])]
@@ -575,7 +574,7 @@ def test_stages_cover_every_training_timestep_once(schedule: Any, steps: int) ->
 def test_bins_refine_all_partitions_and_are_filled_in_turn() -> None:
     bins = refine([equal_stages(20, 2), equal_stages(20, 5), [Stage(0, 7), Stage(7, 13)]])
     assert [b.steps for b in bins] == [4, 3, 1, 2, 2, 4, 4]
-    visited = visited_timesteps(PROCESS, Sampler(steps=20))
+    visited = Sampler(steps=20).visited(PROCESS)
     bin_of, t = draw_in_bins(bins, visited, PROCESS, 70, torch.Generator().manual_seed(0))
     assert bin_of.bincount().tolist() == [10] * 7
     for number, stage in enumerate(bins):

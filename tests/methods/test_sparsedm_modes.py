@@ -242,7 +242,7 @@ def test_a_dense_control_can_be_masked() -> None:
             layer.weight.copy_(torch.randn_like(layer.weight))
     module.weights_changed()
     assert module.mask_violations(compare=True) == 0
-    module.check_sparsity("1:4")  # type: ignore[arg-type]
+    module.check_sparsity("1:4")
 
 
 def test_the_average_begins_again_where_masks_freeze(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from lightning_prune.blocks import BlockCosts, BlockGraph, CacheMode, GateSchedu
 from lightning_prune.diffusion.gated import gated
 from lightning_prune.diffusion.models import Denoiser
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.solvers import Sampler, make_solver, most_steps
+from lightning_prune.diffusion.solvers import Sampler, most_steps
 from lightning_prune.diffusion.variants import Variant
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.budget import solve
@@ -129,7 +129,7 @@ def _steps(count: int) -> str:
 
 def kept_steps(problem: GateProblem, schedule: GateSchedule, count: int) -> Sampler:
     """The sampler on the `count` steps that a schedule keeps most MACs of, the first among them."""
-    visited = make_solver(problem.sampler, problem.process).timesteps.tolist()
+    visited = problem.sampler.visited(problem.process).tolist()
     chosen = sorted(_by_cost(problem, schedule.rows)[:count])
     return replace(problem.sampler, steps=len(chosen), timesteps=tuple(int(visited[step]) for step in chosen))
 

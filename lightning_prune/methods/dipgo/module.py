@@ -518,7 +518,7 @@ class DiPGO(PruningModule):
                 macs_kept={"aten": self.costs.kept(schedule.rows), "module": module.kept(schedule.rows)},
                 costs=self.costs,
                 network=network_of(self.denoiser),
-                timesteps=tuple(sampler.visited(self.process)),
+                timesteps=tuple(sampler.visited(self.process).tolist()),
                 seconds_kept=None if self._seconds is None else self._seconds.kept(schedule.rows),
             )
             files[GATES if schedule is result else gates_of(budget)] = file.text()

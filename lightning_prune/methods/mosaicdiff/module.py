@@ -31,7 +31,6 @@ from lightning_prune.methods.mosaicdiff.plan import (
     refine,
     sampling_grid,
     stages_for,
-    visited_timesteps,
 )
 from lightning_prune.methods.mosaicdiff.pruner import Pruned, Pruner, expected_removal, parameters_held
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
@@ -233,7 +232,7 @@ class MosaicDiff(PruningModule):
     def _see_noised(self, batch: Batch, generator: torch.Generator) -> None:
         """One pass over a batch of real images, noised into all stages in turn."""
         x0, cond = batch["x"], batch["cond"]
-        visited = visited_timesteps(self.process, self.sampler)
+        visited = self.sampler.visited(self.process)
         bin_of, t = draw_in_bins(self._bins, visited, self.process, len(x0), generator)
         noise = torch.randn(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype)
         x_t, target = self.process.add_noise(x0, noise, t), self.process.target(x0, noise, t)

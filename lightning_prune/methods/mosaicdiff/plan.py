@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.diffusion.process import Process
-from lightning_prune.diffusion.solvers import Sampler, SamplerName, make_solver, most_steps
+from lightning_prune.diffusion.solvers import Sampler, SamplerName, most_steps
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.stages import (
@@ -21,11 +21,6 @@ from lightning_prune.pruning.stages import (
     uniform_positions,
     variance_preserving,
 )
-
-
-def visited_timesteps(process: Process, sampler: Sampler) -> Tensor:
-    """The timestep of every network call of a trajectory, falling [K]."""
-    return make_solver(sampler, process).timesteps
 
 
 def sampler_of(name: SamplerName, calls: int, process: Process) -> Sampler:
@@ -54,7 +49,7 @@ def check_calls(drawn: Sampler, process: Process, calls: int) -> None:
 
 def sampling_grid(process: Process, sampler: Sampler) -> Grid:
     """The grid that a sampler's stages are scored on: uniform, or the sampler's own timesteps where they are listed."""
-    visited = visited_timesteps(process, sampler)
+    visited = sampler.visited(process)
     if process.is_flow:
         levels = visited.double().flip(0) / process.timesteps
         return flow(levels, [round(float(level) * process.timesteps) for level in levels])

@@ -18,7 +18,7 @@ from lightning_prune.diffusion.samplers import guided
 from lightning_prune.diffusion.solvers import Sampler
 from lightning_prune.methods.mosaicdiff import evolution, relaxation
 from lightning_prune.methods.mosaicdiff.first_order import diff_pruning
-from lightning_prune.methods.mosaicdiff.plan import sampling_grid, share_of_bins, stages_for, visited_timesteps
+from lightning_prune.methods.mosaicdiff.plan import sampling_grid, share_of_bins, stages_for
 from lightning_prune.methods.mosaicdiff.recipe import Recipe
 from lightning_prune.methods.mosaicdiff.seconds import Costs
 from lightning_prune.methods.mosaicdiff.sensitivity import Probe, measured_errors
@@ -119,7 +119,7 @@ class Pruner:
             "power": self.power,
             "stage_scores": stage_means(score, stages),
             "step_scores": (score / score.max()).clamp(0, 1).flip(0).tolist(),
-            "timesteps": visited_timesteps(self.process, self.sampler).tolist(),
+            "timesteps": self.sampler.visited(self.process).tolist(),
             "macs_per_image": problem.macs(removed) * (1 if self.sampler.guidance == 1.0 else 2),
             "macs_removed": 1 - problem.macs(removed) / problem.dense_macs,
             "dense_macs_per_call": problem.call_macs,
@@ -289,7 +289,7 @@ class Pruner:
     def samples(self, stage: Stage) -> list[tuple[Tensor, Tensor, Condition]]:
         """The kept images noised to the steps of a stage in turn, their timesteps, and their conditions, in batches."""
         device = next(self.dense.parameters()).device
-        visited = visited_timesteps(self.process, self.sampler)[stage.first : stage.end]
+        visited = self.sampler.visited(self.process)[stage.first : stage.end]
         generator = torch.Generator().manual_seed(derive(self.seed, 73, stage.first))
         found, first = [], 0
         for x0, cond in self._kept_in_parts():

@@ -15,7 +15,7 @@ from lightning_prune.diffusion.process import Process
 from lightning_prune.diffusion.routing import StagedDenoiser
 from lightning_prune.diffusion.solvers import Deterministic, Sampler
 from lightning_prune.diffusion.variants import Variant
-from lightning_prune.methods.mosaicdiff.plan import check_calls, draw_in_bins, sampler_of, visited_timesteps
+from lightning_prune.methods.mosaicdiff.plan import check_calls, draw_in_bins, sampler_of
 from lightning_prune.module import Batch, PruningModule
 from lightning_prune.protocols import InputError
 from lightning_prune.pruning.frozen import Frozen
@@ -48,7 +48,7 @@ class Recovery(PruningModule):
                 raise InputError(f"model.teacher: its {what} {getattr(teacher, what)} is not {getattr(denoiser, what)}")
         self.stages = stages_of(denoiser.lengths)
         self.predict_sampler = sampler_of(sampler, denoiser.steps, process)
-        self.visited = visited_timesteps(process, self.predict_sampler)
+        self.visited = self.predict_sampler.visited(process)
         self._start = Frozen(deepcopy(denoiser))
         self._teacher = Frozen(teacher)
         denoiser.train().requires_grad_(True)  # an artifact comes in evaluation mode

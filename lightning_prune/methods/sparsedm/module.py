@@ -42,6 +42,7 @@ from lightning_prune.protocols import InputError, Plan, Sparsity
 from lightning_prune.pruning.frozen import Frozen
 from lightning_prune.pruning.masks import (
     MaskSet,
+    Pattern,
     Patterns,
     check_unmasked,
     flip_rates,
@@ -416,7 +417,7 @@ class SparseDM(Calibrated):
         self.masks.set_sparsity(self.allotted(pattern))
         self._now = pattern
 
-    def check_sparsity(self, sparsity: Sparsity | None) -> None:
+    def check_sparsity(self, sparsity: Pattern) -> None:
         if self.calibration.compensate and parse_pattern(sparsity) != self.pattern:
             raise InputError(f"model.calibration.compensate: refits for {self.target}, so {sparsity} cannot come first")
         self.masks.check_sparsity(sparsity)

@@ -87,13 +87,15 @@ def jobs() -> Iterator[Job]:
     for budget in (0.2, 0.5):
         yield _search("fashion_unet", "dipgo/fashion_unet.yaml", budget, 0, "extension")
         yield _without_search("fashion_unet", budget, "extension")
-    yield _search("fashion_dit", "dipgo/fashion_dit.yaml", 0.06, 0, "extension")
+    for seed in SEEDS:
+        yield _search("fashion_dit", "dipgo/fashion_dit.yaml", 0.06, seed, "extension")
     yield _without_search("fashion_dit", 0.06, "extension")
     for variant, (config, options) in EXTENSION.items():
         yield _other(variant, config, options, 0.2)
     for network, budget in (("fashion_unet", 0.35), ("fashion_dit", 0.2)):
         yield _other("dipgo-plain-teacher", f"dipgo/{network}.yaml", ("--model.teacher_steps=null",), budget, network)
-    yield _other("dipgo-parts-of-steps", *EXTENSION["dipgo-parts-of-steps"], 0.1)
+    for variant in ("dipgo-parts-of-steps", "refined-only"):
+        yield _other(variant, *EXTENSION[variant], 0.1)
     for budget in (0.35, 0.5):
         yield _on_dpm(budget)
         yield _whole_steps_on_dpm(budget)

@@ -200,10 +200,15 @@ class GateSchedule:
         """Steps in which anything runs."""
         return [step for step, row in enumerate(self.rows) if any(row)]
 
-    def read_blocks(self) -> Row:
-        """Which blocks a step leaves out while others run [N]: what they gave is read."""
-        running = [row for row in self.rows if any(row)]
-        return tuple(not all(runs) for runs in zip(*running, strict=True))
+    def stored_blocks(self) -> tuple[Row, ...]:
+        """Which blocks' values a later step reads, by step [T][N]: those computed last before it, two for a line."""
+        points = 1 if self.reuse == "last" else 2
+        wanted, found = [0] * len(self.blocks), []
+        for row in reversed(self.rows):
+            found.append(tuple(runs and left > 0 for runs, left in zip(row, wanted, strict=True)))
+            if any(row):  # a step that leaves out everything reads no block
+                wanted = [max(0, left - 1) if runs else points for runs, left in zip(row, wanted, strict=True)]
+        return tuple(reversed(found))
 
     def skips_only_whole_steps(self) -> bool:
         """Whether every step runs in full or not at all: a plain sampler with fewer steps, in other words."""

@@ -205,3 +205,13 @@ def test_remapping_to_too_few_steps_says_what_they_keep() -> None:
     schedule = GateSchedule.of(CHAIN, "output", [[0, 0, 0] if step % 5 else [1, 1, 1] for step in range(50)])
     with pytest.warns(UserWarning, match=r"remapped to 3 steps the schedule keeps 0\.333 of the MACs, not 0\.200"):
         assert schedule.remapped(3).rows == (CHAIN.full(), (False,) * 3, (False,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("reuse", "stored"), [("last", "00 00 00 01 00 00 00 10 00 00"), ("linear", "00 01 00 01 00 00 10 10 00 00")]
+)
+def test_blocks_store_in_the_steps_before_one_that_reads_them(reuse: Any, stored: str) -> None:
+    gates = ("11", "11", "00", "11", "10", "00", "11", "11", "01", "11")
+    rows = tuple(tuple(gate == "1" for gate in row) for row in gates)
+    schedule = GateSchedule("half", "residual", ("A0", "F0"), rows, reuse)
+    assert " ".join("".join(str(int(one)) for one in row) for row in schedule.stored_blocks()) == stored

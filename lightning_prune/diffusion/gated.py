@@ -49,16 +49,20 @@ class SkippedStep:
         self.process = None if constant and reuse == "last" else process
         self.reuse: Reuse = reuse
         self.keeps_noise = keeps_noise
-        self._held_until: list[float | None] = []
+        self._held_clocks: Tensor | None = None
 
     def visits(self, timesteps: Sequence[float], holds: bool) -> None:
         """Be told of a trajectory's timesteps, and whether its solver holds x_0 over a step."""
-        self._held_until = [*timesteps[1:], None] if holds and self.reuse == "linear" else []
+        self._held_clocks = None
+        if holds and self.reuse == "linear" and self.process is not None:
+            visited = torch.tensor(timesteps)
+            with torch.inference_mode(False):
+                self._held_clocks = self.process.held_clock(visited[:-1], visited[1:])
 
     @property
     def holds(self) -> bool:
         """Whether x_0 of a line is held over steps."""
-        return bool(self._held_until)
+        return self._held_clocks is not None
 
     def clock(self, t: Tensor) -> Tensor:
         """Where `t` [B] is on the axis of linear reuse."""
@@ -70,19 +74,23 @@ class SkippedStep:
 
     def predict(self, slot: Slot, x: Tensor, t: Tensor, step: int) -> Tensor:
         """The prediction at a later `x`, `t` of step `step`, in the type of `x`."""
-        following = self._held_until[step] if self.holds else None
-        if following is None or self.process is None:
-            stored = read(slot, self.clock(t))
-        else:
-            stored = read(slot, self.process.held_clock(t, following))
+        stored = read(slot, self._line_clock(t, step))
         if self.process is None:
             prediction: Tensor = stored[0]
             return prediction
         x0: Tensor = stored[0]
         if self.reuse == "last":
             return self.process.target(x0, stored[1], t).to(x.dtype)
-        x0 = x0.clamp(-1, 1) if self.process.clip_sample else x0
-        return self.process.target(x0, self.process.noise_in(x, x0, t), t).to(x.dtype)
+        return self.process.prediction_of(x0, x, t).to(x.dtype)
+
+    def _line_clock(self, t: Tensor, step: int) -> Tensor:
+        """Where the line is read at step `step`, for `t` [B]; x_0 of the last step is the sample and is not held."""
+        if self._held_clocks is None or step == len(self._held_clocks):
+            return self.clock(t)
+        if self._held_clocks.device != t.device:
+            with torch.inference_mode(False):
+                self._held_clocks = self._held_clocks.to(t.device)
+        return self._held_clocks[step].expand(len(t))
 
     def _read(self, prediction: Tensor, x: Tensor, t: Tensor) -> Value:
         if self.process is None:
@@ -108,6 +116,7 @@ class GatedPaths(nn.Module):
     schedule: GateSchedule
     _gating: Gating
     _skipped_step: SkippedStep
+    _stored: tuple[Row, ...]  # by step
     _paths: _Compiled
     _slots: dict[int, list[Slot]]
     _memory: dict[int, Slot]
@@ -115,8 +124,7 @@ class GatedPaths(nn.Module):
     def take(self, schedule: GateSchedule, gating: Gating, skipped_step: SkippedStep) -> None:
         """Run `schedule` from now on."""
         self.schedule, self._gating, self._skipped_step = schedule, gating, skipped_step
-        gating.read = schedule.read_blocks()
-        self._paths = _Compiled()
+        self._stored, self._paths = schedule.stored_blocks(), _Compiled()
         self.forget()
 
     def forget(self) -> None:
@@ -128,30 +136,39 @@ class GatedPaths(nn.Module):
         skipped = [not any(row) for row in self.schedule.rows[step : step + 2]]
         return skipped[0] or (self._skipped_step.holds and step > 0 and any(skipped))
 
-    def run(self, row: Row, turn: int, clock: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the network gives with these blocks, which are stored for the turn."""
-        path = self._paths.get(row) or self.path(row)
+    def run(self, step: int, turn: int, clock: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the network gives with the blocks of a step, whose values are stored for the turn."""
+        row = self.schedule.rows[step]
+        path = self._paths.get(row) or self.path(row, self._stored[step])
         output, self._slots[turn] = path(self._slots.get(turn, [None] * len(row)), clock, *args, **kwargs)
         return output
 
-    def path(self, row: Row) -> Path:
-        """The step in which these blocks run, as a function of the values stored: a code object of its own.
+    def path(self, row: Row, stores: Row) -> Path:
+        """The step in which these blocks run, and these store, as a function of the values stored: code of its own.
 
         The compiler keeps few graphs of one code object; this way each pattern of gates has its own.
         """
 
         def run(slots: list[Slot], clock: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, list[Slot]]:
             plain = super(GatedPaths, self).forward
-            return self._gating.step(lambda: plain(*args, **kwargs), row, slots, clock)
+            return self._gating.step(lambda: plain(*args, **kwargs), row, slots, clock, stores=stores)
 
         name = "step_" + "".join(str(int(runs)) for runs in row)
         return FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
 
     def compile_paths(self, **options: Any) -> None:
-        """Compile every pattern of gates from now on, each in its first call; options are `torch.compile`'s."""
+        """Compile every pattern of gates from now on, each in its first call; options are `torch.compile`'s.
+
+        Each stores what any of its steps has to, lest it take two graphs.
+        """
         for row in self.schedule.patterns():
             if any(row):
-                self._paths[row] = torch.compile(self.path(row), **options)
+                self._paths[row] = torch.compile(self.path(row, self.stored_with(row)), **options)
+
+    def stored_with(self, row: Row) -> Row:
+        """Blocks that any step with these gates has to store."""
+        steps = zip(self.schedule.rows, self._stored, strict=True)
+        return tuple(map(any, zip(*(stored for found, stored in steps if found == row), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -205,7 +222,7 @@ class StepGated(GatedPaths):
         self._turn += 1
         prediction: Tensor | None = None
         if any(row):
-            prediction = self.run(row, turn, self._skipped_step.clock(t), x, t, cond)
+            prediction = self.run(self._index, turn, self._skipped_step.clock(t), x, t, cond)
             self._memory[turn] = self._skipped_step.remember(self._memory.get(turn), prediction, x, t)
         if prediction is None or self.on_line(self._index):
             return self._skipped_step.predict(self._memory[turn], x, t, self._index)

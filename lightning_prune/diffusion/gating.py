@@ -27,7 +27,7 @@ class Gating:
 
     Attributes:
         reuse: what skipped parts give; see `recall`.
-        read: blocks whose values a later step reads, which no others store; None stores all.
+        stores: blocks whose values are stored, as a later step reads them; None stores all.
         keep: None computes everything and stores nothing. A row of bools computes those blocks and no others. A
             tensor [N] or [B, N] computes everything and blends it with what is stored, gates 1 taking the fresh
             value; a batch of several times B, as guidance makes, repeats it.
@@ -39,7 +39,7 @@ class Gating:
 
     def __init__(self, blocks: int, reuse: Reuse = "last") -> None:
         self.reuse: Reuse = reuse
-        self.read: Row | None = None
+        self.stores: Row | None = None
         self.keep: Row | Tensor | None = None
         self.commit: Tensor | None = None
         self.clock = torch.zeros(())
@@ -53,11 +53,12 @@ class Gating:
         slots: list[Slot],
         clock: Tensor,
         commit: Tensor | None = None,
+        stores: Row | None = None,
     ) -> tuple[Any, list[Slot]]:
         """Run `call` with these gates and stored values; what it returns, and the values stored since."""
-        self.keep, self.slots, self.clock, self.commit = keep, list(slots), clock, commit
+        self.keep, self.slots, self.clock, self.commit, self.stores = keep, list(slots), clock, commit, stores
         output = call()
-        found, self.keep, self.slots, self.commit = self.slots, None, [None] * len(slots), None
+        found, self.keep, self.slots, self.commit, self.stores = self.slots, None, [None] * len(slots), None, None
         return output, found
 
 
@@ -79,13 +80,13 @@ class GatedPart(nn.Module):
         else:
             output = super().forward(*args, **kwargs)
         self._returns_tuple = isinstance(output, tuple)
-        if keep is None or not self._last or not self._is_read():
+        if keep is None or not self._last or not self._stores():
             return output
         return self._computed(output, _hidden(args, kwargs), keep)
 
-    def _is_read(self) -> bool:
-        read = self._gating.read
-        return read is None or read[self._block]
+    def _stores(self) -> bool:
+        stores = self._gating.stores
+        return stores is None or stores[self._block]
 
     def _skipped(self, hidden: Tensor) -> Value:
         if not self._last:

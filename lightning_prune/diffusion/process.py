@@ -67,6 +67,7 @@ class Process:
         self.shift = shift
         self.is_flow = schedule == "flow"
         self._elsewhere: dict[tuple[str, torch.device], Tensor] = {}
+        self._roots: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.scheduler_config: dict[str, Any]
         if self.is_flow:
             self.scheduler_config = {"num_train_timesteps": timesteps, "shift": shift, "clip_sample": clip_sample}
@@ -146,8 +147,17 @@ class Process:
         if self.is_flow:
             level = t.to(like.device, dtype) / self.timesteps
             return (1 - level).view(shape), level.view(shape)
-        abar = self._on("alphas", self.alphas_cumprod, like.device)[t.long()].to(dtype)
-        return abar.sqrt().view(shape), (1 - abar).sqrt().view(shape)
+        signal, sigma = self._coefficients_on(like.device, dtype)
+        index = t.long()
+        return signal[index].view(shape), sigma[index].view(shape)
+
+    def _coefficients_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(a, s) of every timestep, [timesteps] each, made once: a skipped step does little but look them up."""
+        if (device, dtype) not in self._roots:
+            with torch.inference_mode(False):
+                abar = self._on("alphas", self.alphas_cumprod, device).to(dtype)
+                self._roots[device, dtype] = abar.sqrt(), (1 - abar).sqrt()
+        return self._roots[device, dtype]
 
     def _on(self, name: str, own: Tensor, device: torch.device) -> Tensor:
         """A tensor of the process on `device`, copied there once: every copy makes the device wait."""
@@ -165,32 +175,46 @@ class Process:
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should output at x_t."""
+        return self._target(x0, noise, *self.coefficients(t, x0))
+
+    def _target(self, x0: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "x0":
             return x0
-        if self.prediction == "flow":
-            return noise - x0
-        signal, sigma = self.coefficients(t, x0)
-        return signal * noise - sigma * x0
+        return noise - x0 if self.prediction == "flow" else signal * noise - sigma * x0
+
+    def prediction_of(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The prediction at `x` = x_t that stands for `x0`, which is clipped where asked for."""
+        signal, sigma = self.coefficients(t, x)
+        x0 = self._clipped(x0)
+        return self._target(x0, (x - signal * x0) / sigma, signal, sigma)
+
+    def clipped(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The prediction at `x` = x_t whose x_0 is that of `prediction`, clipped where asked for."""
+        if not self.clip_sample:
+            return prediction
+        return self.prediction_of(self._x0(prediction, x, *self.coefficients(t, x)), x, t)
+
+    def _clipped(self, x0: Tensor) -> Tensor:
+        return x0.clamp(-1, 1) if self.clip_sample else x0
 
     def x0_and_noise(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The x_0 and eps that a network's `prediction` at `x` = x_t stands for; x_0 is clipped where asked for.
 
         A clipped x_0 comes with the noise that belongs to it; the two would drift apart, badly so under guidance.
         """
-        x0 = self._x0(prediction, x, t)
-        x0 = x0.clamp(-1, 1) if self.clip_sample else x0
-        return x0, self.noise_in(x, x0, t)
+        signal, sigma = self.coefficients(t, x)
+        x0 = self._clipped(self._x0(prediction, x, signal, sigma))
+        return x0, (x - signal * x0) / sigma
 
     def clipped_x0_and_noise(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The same as diffusers' DDIM reads it: x_0 is clipped, the noise is that of the x_0 before."""
-        x0 = self._x0(prediction, x, t)
+        x0 = self._x0(prediction, x, *self.coefficients(t, x))
         noise = prediction if self.prediction == "epsilon" else self.noise_in(x, x0, t)
-        return x0.clamp(-1, 1) if self.clip_sample else x0, noise
+        return self._clipped(x0), noise
 
-    def _x0(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        signal, sigma = self.coefficients(t, x)
+    def _x0(self, prediction: Tensor, x: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction == "epsilon":
             return (x - sigma * prediction) / signal
         if self.prediction == "x0":
@@ -219,22 +243,25 @@ class Process:
         """
         if self.is_flow:
             return -t.float() / self.timesteps
-        abar = self._on("alphas", self.alphas_cumprod, t.device)[t.long()]
-        return ((abar / (1 - abar)).log() / 2).clamp(-_FAR, _FAR)
+        return self._on("clock", self._clock, t.device)[t.long()]
 
-    def held_clock(self, t: Tensor, following: float) -> Tensor:
-        """Where on the axis an x_0 is that, held from `t` [B] to `following`, does what one does that moves evenly.
+    @cached_property
+    def _clock(self) -> Tensor:
+        with torch.inference_mode(False):
+            return ((self.alphas_cumprod / (1 - self.alphas_cumprod)).log() / 2).clamp(-_FAR, _FAR)
+
+    def held_clock(self, t: Tensor, following: Tensor) -> Tensor:
+        """Where on the axis an x_0 is that, held from `t` [B] to `following` [B], does what one does that moves evenly.
 
         In a solution x_0 counts by the growth of the ratio of signal to noise (Lu et al. 2022, DPM-Solver++, equation
         8), so that is the mean of the axis by these weights.
         """
-        then = torch.full_like(t, following)
         if self.is_flow:
-            high, low = -self.clock(t).double(), -self.clock(then).double().clamp(max=0)
+            high, low = -self.clock(t).double(), -self.clock(following).double().clamp(max=0)
             ratio = (high / low.clamp(min=1e-9)).clamp(min=1 + 1e-6)
             return (-high * ratio.log() / (ratio - 1)).float()
         now = self.clock(t).double()
-        gap = (self.clock(then).double() - now).clamp(min=1e-6)
+        gap = (self.clock(following).double() - now).clamp(min=1e-6)
         return (now + gap / -torch.expm1(-gap) - 1).float()
 
     def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:

@@ -93,9 +93,7 @@ def trajectory(
             on_step(index)
         seen = solver.scale_model_input(x, t)
         times = visited[index].expand(len(x))
-        output = predict(seen, times if process.is_flow else times.long(), cond)
-        if process.clip_sample:
-            output = process.target(*process.x0_and_noise(output, seen, times), times)
+        output = process.clipped(predict(seen, times if process.is_flow else times.long(), cond), seen, times)
         x = solver.step(output, t, x)
     return x
 

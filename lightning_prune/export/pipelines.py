@@ -49,7 +49,7 @@ class GatedPipelineNetwork(GatedPaths):
         step, turn = self._next_call(t)
         row, skipped = self.schedule.rows[step], self._skipped_step
         if any(row):
-            self._last[turn] = self.run(row, turn, skipped.clock(t), *args, **kwargs)
+            self._last[turn] = self.run(step, turn, skipped.clock(t), *args, **kwargs)
             # What a network says of its variance, in further channels, stays as it is.
             prediction = self._last[turn][0][:, : x.shape[1]]
             self._memory[turn] = skipped.remember(self._memory.get(turn), prediction, x, t)

@@ -205,7 +205,7 @@ def test_only_what_a_later_step_reads_is_stored(make: Any, granularity: str, mod
         image = draw(pruned)
         stored = {name for name, slot in zip(names, pruned._slots[0], strict=True) if slot is not None}
         assert stored == {name for name, runs in zip(names, partial, strict=True) if not runs and partial in rows}
-        pruned._gating.read = full
+        pruned._stored = (full,) * len(rows)
         assert torch.equal(draw(pruned), image)
         assert all(slot is not None for slot in pruned._slots[0])
 
@@ -368,11 +368,11 @@ def test_every_pattern_is_a_graph_without_breaks(make: Any, granularity: str, mo
     pruned: Any = gated(dense, replace(schedule(dense, granularity, mode, 0.5, steps=3), reuse=reuse), PROCESS)
     x, t = torch.randn(3, 1, 32, 32), torch.tensor([900, 900, 900])
     with torch.no_grad():
-        pruned.at_step(0, 3)
-        pruned(x, t, LABELS)
-        for row in pruned.schedule.patterns():
+        for step, row in enumerate(pruned.schedule.rows):
+            pruned.at_step(step, 3)
+            pruned(x, t, LABELS)
             if any(row):
-                found = torch._dynamo.explain(pruned.path(row))(
+                found = torch._dynamo.explain(pruned.path(row, pruned.stored_with(row)))(
                     pruned._slots[0], pruned._skipped_step.clock(t), x, t, LABELS
                 )
                 assert (found.graph_count, found.graph_break_count) == (1, 0)

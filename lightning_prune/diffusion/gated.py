@@ -124,8 +124,22 @@ class GatedPaths(nn.Module):
     def take(self, schedule: GateSchedule, gating: Gating, skipped_step: SkippedStep) -> None:
         """Run `schedule` from now on."""
         self.schedule, self._gating, self._skipped_step = schedule, gating, skipped_step
-        self._stored, self._paths = schedule.stored_blocks(), _Compiled()
+        self._paths = _Compiled()
+        self._plan_stores()
         self.forget()
+
+    def _plan_stores(self) -> None:
+        """Steps store what later ones read; of those with the same gates the first stores what any of them does.
+
+        So one step of every kind can be run after the other, as where costs are counted.
+        """
+        rows, stored = self.schedule.rows, self.schedule.stored_blocks()
+        alike = {row: [own for other, own in zip(rows, stored, strict=True) if other == row] for row in rows}
+        whole = {row: tuple(map(any, zip(*steps, strict=True))) for row, steps in alike.items()}
+        self._stored = tuple(
+            whole[row] if rows.index(row) == step else own
+            for step, (row, own) in enumerate(zip(rows, stored, strict=True))
+        )
 
     def forget(self) -> None:
         """Begin a trajectory: nothing is stored."""
@@ -159,16 +173,11 @@ class GatedPaths(nn.Module):
     def compile_paths(self, **options: Any) -> None:
         """Compile every pattern of gates from now on, each in its first call; options are `torch.compile`'s.
 
-        Each stores what any of its steps has to, lest it take two graphs.
+        Each stores what its first step does, lest it take two graphs.
         """
         for row in self.schedule.patterns():
             if any(row):
-                self._paths[row] = torch.compile(self.path(row, self.stored_with(row)), **options)
-
-    def stored_with(self, row: Row) -> Row:
-        """Blocks that any step with these gates has to store."""
-        steps = zip(self.schedule.rows, self._stored, strict=True)
-        return tuple(map(any, zip(*(stored for found, stored in steps if found == row), strict=True)))
+                self._paths[row] = torch.compile(self.path(row, self._stored[self.schedule.rows.index(row)]), **options)
 
 
 @dataclass(frozen=True)

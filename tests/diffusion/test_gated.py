@@ -245,10 +245,13 @@ def test_copies_follow_the_network_to_another_device_and_type(make: Any, granula
 def test_counted_macs_are_those_of_the_costs(make: Any, granularity: str, mode: Any) -> None:
     dense = make()
     chosen = schedule(dense, granularity, mode, 0.5)
+    partial = next(row for row in chosen.rows if any(row) and not all(row))
+    late = replace(chosen, rows=(*[chosen.rows[0]] * 3, partial, chosen.rows[0]))
     costs = traced_costs(dense, granularity, mode)
-    counted = trajectory_cost(gated(dense, chosen, PROCESS), PROCESS, SAMPLER).macs()
-    assert counted == sum(costs.step(row) for row in chosen.rows)
-    assert counted < trajectory_cost(dense, PROCESS, SAMPLER).macs()
+    for one in (chosen, late):
+        counted = trajectory_cost(gated(dense, one, PROCESS), PROCESS, SAMPLER).macs()
+        assert counted == sum(costs.step(row) for row in one.rows)
+        assert counted < trajectory_cost(dense, PROCESS, SAMPLER).macs()
 
 
 def test_costs_of_a_masked_network_are_those_under_its_masks() -> None:
@@ -372,7 +375,7 @@ def test_every_pattern_is_a_graph_without_breaks(make: Any, granularity: str, mo
             pruned.at_step(step, 3)
             pruned(x, t, LABELS)
             if any(row):
-                found = torch._dynamo.explain(pruned.path(row, pruned.stored_with(row)))(
+                found = torch._dynamo.explain(pruned.path(row, pruned._stored[step]))(
                     pruned._slots[0], pruned._skipped_step.clock(t), x, t, LABELS
                 )
                 assert (found.graph_count, found.graph_break_count) == (1, 0)

@@ -18,6 +18,8 @@ RIVALS = (
     "asp-retrained",
     "ste",
     "sr-ste",
+    "asp-retrained-taught",
+    "ste-taught",
     "gradual-magnitude",
     "small-dense",
     "diff-pruning",
@@ -26,7 +28,8 @@ RIVALS = (
 OURS = (
     "sparsedm-fixed",
     "sparsedm-progressive",
-    "sparsedm-distilled",
+    "sparsedm-fixed-distilled",
+    "sparsedm-progressive-distilled",
     "sparsedm-calibrated",
     "sparsedm-calibrated-frozen",
     "sparsedm-calibrated-allocated",
@@ -56,6 +59,8 @@ def control_of(variant: str) -> str:
     """What a variant is measured against: trained as long, or where nothing is trained drawn from such weights."""
     if variant.endswith("one-shot") and variant != "one-shot":
         return f"{variant}-dense"
+    if variant.endswith("-constant"):
+        return f"{CONTROL}-constant"
     return f"{CONTROL}-long" if "-long" in variant else CONTROL
 
 
@@ -83,8 +88,8 @@ def networks(table: Table) -> list[str]:
 def of_dense(table: Table, variants: Iterable[str]) -> list[str]:
     """Lines of a table: each variant less its dense control, and whether it is within it."""
     lines = [
-        "| network | variant | seeds | fd_fashion, mean | less its dense control, paired | of each seed | |",
-        "|---|---|---|---|---|---|---|",
+        "| network | variant | seeds | fd_fashion | less the dense start | less its dense control | of each seed | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for network in networks(table):
         found = {variant: pairs_of(table, network, variant, control_of(variant)) for variant in variants}
@@ -97,7 +102,8 @@ def _of_dense(table: Table, network: str, variant: str, pairs: Pairs) -> str:
     assert found is not None
     each = [table.difference(*pair) for pair in pairs]
     mean = sum(row["fd_fashion"]["value"] for row, _ in pairs) / len(pairs)
-    cells = [network, variant, str(len(pairs)), f"{mean:.2f}", interval(found)]
+    start = cell(table, network, variant, "dense").rsplit(" (")[0]
+    cells = [network, variant, str(len(pairs)), f"{mean:.2f}", start, interval(found)]
     cells.append(", ".join(f"{value[0]:.2f}" for value in each if value))
     return f"| {' | '.join(cells)} | {_word(table, network, variant, found)} |"
 

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import (
 from timm.optim.muon import Muon
 
 from lightning_prune.cli import main
+from lightning_prune.methods.sparsedm.calibration import Calibration
 from lightning_prune.protocols import InputError, Sparsity
 from lightning_prune.pruning.masks import masked_layers
 from lightning_prune.sharding import FSDP2, ZeRO, check_optimizer, check_strategy
@@ -137,10 +138,17 @@ def test_deepspeed_that_is_missing_and_stages_that_are_none_are_one_line() -> No
             ZeRO()
 
 
-def test_frozen_masks_are_refused_where_gradients_are_out_of_reach() -> None:
-    module = tiny_sparsedm(freeze_masks_at=0.5)
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"freeze_masks_at": 0.5}, r"model\.freeze_masks_at"),
+        ({"mask_scores": "obs", "calibration": Calibration(compensate=True)}, r"model\.calibration\.compensate"),
+    ],
+)
+def test_what_reaches_past_deepspeed_is_refused(arguments: dict[str, Any], named: str) -> None:
+    module = tiny_sparsedm(**arguments)
     module._trainer = SimpleNamespace(strategy=ZeRO.__new__(ZeRO))  # type: ignore[assignment]
-    with pytest.raises(InputError, match=r"model\.freeze_masks_at"):
+    with pytest.raises(InputError, match=named):
         module.setup("fit")
 
 

@@ -327,8 +327,9 @@ class MaskSet:
 
     @property
     def frozen(self) -> bool:
-        """Whether the masks of the present pattern stay whatever the weights become."""
-        return any(layer.sparsity in layer._frozen for layer in self.layers.values())
+        """Whether the masks in force stay whatever the weights become."""
+        masked = [layer for layer in self.layers.values() if layer.mask is not None]
+        return bool(masked) and all(layer.sparsity in layer._frozen for layer in masked)
 
     def masks(self) -> dict[str, Tensor]:
         """Masks in force by layer, 1 where a weight is kept; layers that compute densely are left out."""

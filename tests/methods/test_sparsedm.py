@@ -14,6 +14,7 @@ from lightning_prune.data import EmbeddedFashion
 from lightning_prune.protocols import InputError, Sparsity
 from lightning_prune.pruning.masks import MaskSet, effective_state, masked_layers
 from lightning_prune.pruning.nm import nm_mask, to_groups, violations
+from lightning_prune.sharding import WeightAverage
 from tests.factories import fit, tiny_dit, tiny_sparsedm
 
 TWO_FOUR = Sparsity(2, 4)
@@ -57,15 +58,11 @@ def test_the_checkpoint_holds_dense_weights_and_no_teacher(tmp_path: Path) -> No
     assert violations(state[f"denoiser.network.{name}.weight"], TWO_FOUR) > 0
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**16])
-def test_decay_is_unaffected_by_the_loss_scale(scale: float) -> None:
-    """Scaled backward, unscaling, then decay: what Lightning's order of hooks does under 16-mixed."""
+def test_decay_is_its_strength_times_the_pruned_weights() -> None:
     module = tiny_sparsedm(decay=2e-4)
     batch = {"x": torch.randn(4, 1, 32, 32), "cond": torch.arange(4)}
     loss, _ = module.loss(batch, torch.Generator().manual_seed(0))
-    (loss * scale).backward()
-    for parameter in module.parameters():
-        parameter.grad = None if parameter.grad is None else parameter.grad / scale
+    loss.backward()
     before = {n: layer.weight.grad.clone() for n, layer in module.masks.layers.items()}
     module.on_before_optimizer_step(torch.optim.SGD(module.parameters(), lr=0.1))
     for name, layer in module.masks.layers.items():
@@ -94,17 +91,25 @@ def test_the_ramp_keeps_optimizer_and_average(tmp_path: Path) -> None:
             self.patterns: list[str] = []
             self.optimizers: set[int] = set()
             self.moments: list[float] = []
+            self.averaged: list[int] = []
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             self.patterns.append(str(next(iter(masked_layers(pl_module.denoiser.network).values())).sparsity))
             self.optimizers.add(id(trainer.optimizers[0]))
             state = trainer.optimizers[0].state[next(iter(pl_module.parameters()))]
             self.moments.append(float(state["step"]))
+            (average,) = (c for c in trainer.callbacks if isinstance(c, WeightAverage))
+            self.averaged.append(int(average._average_model.n_averaged))
 
     watch = Watch()
-    fit(tiny_sparsedm(), tmp_path, callbacks=[SparsityRamp(["7:8", "3:4", "2:4"], 0.5), MaskInvariant(), watch])
+    fit(
+        tiny_sparsedm(ema_decay=0.75),
+        tmp_path,
+        callbacks=[SparsityRamp(["7:8", "3:4", "2:4"], 0.5), MaskInvariant(), watch],
+    )
     assert watch.patterns == ["7:8", "3:4", "2:4", "2:4"]
     assert watch.moments == [1, 2, 3, 4]
+    assert watch.averaged == [0, 1, 2, 3], "before each step's own"
     assert len(watch.optimizers) == 1
 
 

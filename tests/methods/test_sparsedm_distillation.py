@@ -103,7 +103,7 @@ def test_feature_loss_is_relative_to_the_teachers_power() -> None:
     assert feature_loss(halved, teacher) == pytest.approx(0.25)
 
 
-def test_features_enter_the_loss_and_reach_the_first_block_alone_too() -> None:
+def test_features_enter_the_loss_and_reach_every_masked_layer() -> None:
     module = tiny_sparsedm(distill_weight=1.0, distillation=Distillation(features=3.0))
     plain = tiny_sparsedm(distill_weight=1.0)
     module.train(), plain.train()

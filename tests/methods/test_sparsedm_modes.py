@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,6 +151,24 @@ def test_a_checkpoint_of_other_masks_is_refused(arguments: dict[str, Any], named
     fit(tiny_sparsedm(ema_decay=None), tmp_path, max_steps=1).save_checkpoint(tmp_path / "c.ckpt")
     with pytest.raises(InputError, match=named):
         fit(tiny_sparsedm(ema_decay=None, **arguments), tmp_path, tmp_path / "c.ckpt", max_steps=2)
+
+
+def test_weights_refitted_for_another_pattern_are_refused() -> None:
+    refitted, plain = ({"calibration": Calibration(compensate=on), "mask_scores": "obs"} for on in (True, False))
+    checkpoint = {"masks": {"of": tiny_sparsedm(**refitted)._marks(), "scored_by": 0}}
+    with pytest.raises(InputError, match=r"ckpt_path: was made with model\.sparsity 2:4, which is 1:4 now"):
+        tiny_sparsedm(sparsity="1:4", **refitted).on_load_checkpoint(checkpoint)
+    with pytest.raises(InputError, match=r"model\.calibration\.compensate True, which is False now"):
+        tiny_sparsedm(sparsity="1:4", **plain).on_load_checkpoint(checkpoint)
+
+
+def test_an_optimizer_that_unscales_inside_its_step_is_refused() -> None:
+    group = {"fused": True}
+    trainer = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[group])], precision="16-mixed")
+    module = tiny_sparsedm(decay=2e-4)
+    module._trainer = trainer  # type: ignore[assignment]
+    with pytest.raises(InputError, match="divides the decay away"):
+        module.on_fit_start()
 
 
 @pytest.mark.parametrize("sparsity", [Sparsity(2, 7), {".*ff.*": Sparsity(2, 7)}, {"typo.*": None}, {"[": None}])

@@ -202,6 +202,22 @@ def test_bad_selections_name_the_pattern(include: list[str] | None, exclude: lis
         select_units(units_of(network()), include, exclude, m)
 
 
+def test_masks_are_frozen_once_every_layer_under_one_is() -> None:
+    """Where a ramp changes some layers' patterns, those of the others are frozen already."""
+    _, masks = masked()
+    first, *rest = masks.layers.values()
+    assert rest
+    masks.freeze()
+    first.set_sparsity(Sparsity(1, 4))
+    assert not masks.frozen
+    masks.freeze()
+    assert masks.frozen
+    first.set_sparsity(None)
+    assert masks.frozen
+    masks.set_sparsity(None)
+    assert not masks.frozen
+
+
 def test_scores_scales_and_frozen_masks_go_to_the_device_once() -> None:
     """The meta device stands for any other: a second refresh copies nothing there."""
     for kind in ("scores", "scales", "frozen"):

@@ -254,6 +254,8 @@ class SparseDM(Calibrated):
             self.masks.collect_decay()
         if self.freeze_masks_at is not None and isinstance(self.trainer.strategy, ZeRO):
             raise InputError("model.freeze_masks_at: gradients are out of reach under DeepSpeed; use DDP")
+        if self.calibration.compensate and isinstance(self.trainer.strategy, ZeRO):
+            raise InputError("model.calibration.compensate: DeepSpeed goes on with weights of its own; use DDP")
 
     def _loss_of_several(
         self, x_t: Tensor, t: Tensor, cond: Condition, target: Tensor, sampled: Tensor | None, generator: Generator
@@ -336,6 +338,8 @@ class SparseDM(Calibrated):
             "model.mask_scores": self.mask_scores,
             "model.calibration.compensate": self.calibration.compensate,
             "model.calibration.weighting": self.calibration.weighting,
+            # Weights are refitted for one pattern.
+            "model.sparsity": str(self.target_sparsity) if self.calibration.compensate else None,
             "model.allocation": json.dumps(allocation),
         }
 

@@ -207,15 +207,17 @@ def test_masks_are_frozen_once_every_layer_under_one_is() -> None:
     _, masks = masked()
     first, *rest = masks.layers.values()
     assert rest
-    masks.freeze()
-    first.set_sparsity(Sparsity(1, 4))
-    assert not masks.frozen
-    masks.freeze()
-    assert masks.frozen
-    first.set_sparsity(None)
-    assert masks.frozen
-    masks.set_sparsity(None)
-    assert not masks.frozen
+    found: list[bool] = []
+    for change in (
+        masks.freeze,
+        lambda: first.set_sparsity(Sparsity(1, 4)),
+        masks.freeze,
+        lambda: first.set_sparsity(None),
+        lambda: masks.set_sparsity(None),
+    ):
+        change()
+        found.append(masks.frozen)
+    assert found == [True, False, True, True, False]
 
 
 def test_scores_scales_and_frozen_masks_go_to_the_device_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,16 @@ def _track(trainer: pl.Trainer, folder: Path) -> None:
     """The manifest and the report as a W&B artifact of the run; weights stay where they are."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            tracked = wandb.Artifact(f"{folder.name}-manifest", type="manifest")
+            tracked = wandb.Artifact(tracked_name(folder), type="manifest")
             for file in (folder / "artifact" / "pruning.json", folder / "report.json"):
                 if file.exists():
                     tracked.add_file(str(file))
             logger.experiment.log_artifact(tracked)
+
+
+def tracked_name(folder: Path) -> str:
+    """The W&B artifact's name; a run may have characters in its own that W&B allows in none."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', folder.name)}-manifest"
 
 
 def _results(report: Path) -> dict[str, Any]:

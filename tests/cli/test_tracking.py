@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
+from lightning_prune.callbacks.artifact_writer import tracked_name
 from lightning_prune.cli import loggers, main
 from lightning_prune.cli.loggers import TrackedRun
 from lightning_prune.cli.run_folder import RunSettings
@@ -90,3 +92,8 @@ def test_a_healthy_server_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with endpoint("dying") as url:  # it is well until a run was opened
         monkeypatch.setenv("WANDB_BASE_URL", url)
         assert not TrackedRun(RunSettings(wandb="online"), tmp_path / "x")._offline
+
+
+@pytest.mark.parametrize("name", ["run", "seed 0, 7:8 (again)", "gr\u00f6\u00dfer"])
+def test_any_name_of_a_run_makes_one_that_wandb_takes(name: str) -> None:
+    assert wandb.Artifact(tracked_name(Path(name)), type="manifest").name.startswith(name[0])

@@ -201,14 +201,22 @@ class GateSchedule:
         return [step for step, row in enumerate(self.rows) if any(row)]
 
     def stored_blocks(self) -> tuple[Row, ...]:
-        """Which blocks' values a later step reads, by step [T][N]: those computed last before it, two for a line."""
+        """Which blocks store their values, by step [T][N]: the last that run before a step reads them, two for a line.
+
+        Of steps with the same gates the first stores what any of them does, so that one step of every kind can be run
+        after the other, as where costs are counted.
+        """
         points = 1 if self.reuse == "last" else 2
         wanted, found = [0] * len(self.blocks), []
         for row in reversed(self.rows):
             found.append(tuple(runs and left > 0 for runs, left in zip(row, wanted, strict=True)))
             if any(row):  # a step that leaves out everything reads no block
                 wanted = [max(0, left - 1) if runs else points for runs, left in zip(row, wanted, strict=True)]
-        return tuple(reversed(found))
+        found.reverse()
+        alike: dict[Row, Row] = {}
+        for row, own in zip(self.rows, found, strict=True):
+            alike[row] = tuple(map(any, zip(alike.get(row, own), own, strict=True)))
+        return tuple(alike.pop(row, own) for row, own in zip(self.rows, found, strict=True))
 
     def skips_only_whole_steps(self) -> bool:
         """Whether every step runs in full or not at all: a plain sampler with fewer steps, in other words."""

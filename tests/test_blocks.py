@@ -208,9 +208,10 @@ def test_remapping_to_too_few_steps_says_what_they_keep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reuse", "stored"), [("last", "00 00 00 01 00 00 00 10 00 00"), ("linear", "00 01 00 01 00 00 10 10 00 00")]
+    ("reuse", "stored"), [("last", "11 00 00 01 00 00 00 10 00 00"), ("linear", "11 01 00 01 00 00 10 10 00 00")]
 )
 def test_blocks_store_in_the_steps_before_one_that_reads_them(reuse: Any, stored: str) -> None:
+    """And in the first step of every pattern, for those after it."""
     gates = ("11", "11", "00", "11", "10", "00", "11", "11", "01", "11")
     rows = tuple(tuple(gate == "1" for gate in row) for row in gates)
     schedule = GateSchedule("half", "residual", ("A0", "F0"), rows, reuse)

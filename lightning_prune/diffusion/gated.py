@@ -124,22 +124,8 @@ class GatedPaths(nn.Module):
     def take(self, schedule: GateSchedule, gating: Gating, skipped_step: SkippedStep) -> None:
         """Run `schedule` from now on."""
         self.schedule, self._gating, self._skipped_step = schedule, gating, skipped_step
-        self._paths = _Compiled()
-        self._plan_stores()
+        self._stored, self._paths = schedule.stored_blocks(), _Compiled()
         self.forget()
-
-    def _plan_stores(self) -> None:
-        """Steps store what later ones read; of those with the same gates the first stores what any of them does.
-
-        So one step of every kind can be run after the other, as where costs are counted.
-        """
-        rows, stored = self.schedule.rows, self.schedule.stored_blocks()
-        alike = {row: [own for other, own in zip(rows, stored, strict=True) if other == row] for row in rows}
-        whole = {row: tuple(map(any, zip(*steps, strict=True))) for row, steps in alike.items()}
-        self._stored = tuple(
-            whole[row] if rows.index(row) == step else own
-            for step, (row, own) in enumerate(zip(rows, stored, strict=True))
-        )
 
     def forget(self) -> None:
         """Begin a trajectory: nothing is stored."""

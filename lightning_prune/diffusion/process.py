@@ -10,7 +10,6 @@ a_t = 1 - s_t (Lipman et al. 2023; Esser et al. 2024), and its `t` is 1000 s_t, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -28,6 +27,7 @@ _DIFFUSERS_SCHEDULE: dict[Schedule, str] = {
     "cosine": "squaredcos_cap_v2",
 }
 _FAR = 10.0
+_Table = Literal["grid", "coefficients", "clock"]
 _DIFFUSERS_PREDICTION: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
@@ -66,8 +66,7 @@ class Process:
         self.clip_sample = clip_sample
         self.shift = shift
         self.is_flow = schedule == "flow"
-        self._elsewhere: dict[tuple[str, torch.device], Tensor] = {}
-        self._roots: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[str, torch.device, torch.dtype | None], Tensor] = {}
         self.scheduler_config: dict[str, Any]
         if self.is_flow:
             self.scheduler_config = {"num_train_timesteps": timesteps, "shift": shift, "clip_sample": clip_sample}
@@ -125,11 +124,6 @@ class Process:
             raise InputError("process.schedule: the flow process has no cumulative alphas")
         return self._alphas_cumprod
 
-    @cached_property
-    def _grid(self) -> Tensor:
-        with torch.inference_mode(False):
-            return self.grid()
-
     def grid(self) -> Tensor:
         """Every training timestep [timesteps], from clean to noisy, as the network sees it."""
         if not self.is_flow:
@@ -147,26 +141,26 @@ class Process:
         if self.is_flow:
             level = t.to(like.device, dtype) / self.timesteps
             return (1 - level).view(shape), level.view(shape)
-        signal, sigma = self._coefficients_on(like.device, dtype)
-        index = t.long()
-        return signal[index].view(shape), sigma[index].view(shape)
+        signal, sigma = self._table("coefficients", like.device, dtype)[:, t.long()]
+        return signal.view(shape), sigma.view(shape)
 
-    def _coefficients_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(a, s) of every timestep, [timesteps] each, made once: a skipped step does little but look them up."""
-        if (device, dtype) not in self._roots:
-            with torch.inference_mode(False):
-                abar = self._on("alphas", self.alphas_cumprod, device).to(dtype)
-                self._roots[device, dtype] = abar.sqrt(), (1 - abar).sqrt()
-        return self._roots[device, dtype]
+    def _table(self, name: _Table, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """Values of every timestep [..., timesteps] on `device`, made and copied there once.
 
-    def _on(self, name: str, own: Tensor, device: torch.device) -> Tensor:
-        """A tensor of the process on `device`, copied there once: every copy makes the device wait."""
-        if own.device == device:
-            return own
-        if (name, device) not in self._elsewhere:
-            with torch.inference_mode(False):  # what is copied for a validation pass serves training, too
-                self._elsewhere[name, device] = own.to(device)
-        return self._elsewhere[name, device]
+        Every copy makes the device wait, and a skipped step does little but look values up.
+        """
+        if (name, device, dtype) not in self._tables:
+            with torch.inference_mode(False):  # what is made for a validation pass serves training, too
+                self._tables[name, device, dtype] = self._values(name, dtype).to(device)
+        return self._tables[name, device, dtype]
+
+    def _values(self, name: _Table, dtype: torch.dtype | None) -> Tensor:
+        if name == "grid":
+            return self.grid()
+        abar = self.alphas_cumprod if dtype is None else self.alphas_cumprod.to(dtype)
+        if name == "clock":
+            return ((abar / (1 - abar)).log() / 2).clamp(-_FAR, _FAR)
+        return torch.stack([abar.sqrt(), (1 - abar).sqrt()])
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for clean `x0` [B, ...], `noise` of the same shape and `t` [B]; in the type of `x0`."""
@@ -187,7 +181,7 @@ class Process:
     def prediction_of(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The prediction at `x` = x_t that stands for `x0`, which is clipped where asked for."""
         signal, sigma = self.coefficients(t, x)
-        x0 = self._clipped(x0)
+        x0 = self._clip(x0)
         return self._target(x0, (x - signal * x0) / sigma, signal, sigma)
 
     def clipped(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -196,7 +190,7 @@ class Process:
             return prediction
         return self.prediction_of(self._x0(prediction, x, *self.coefficients(t, x)), x, t)
 
-    def _clipped(self, x0: Tensor) -> Tensor:
+    def _clip(self, x0: Tensor) -> Tensor:
         return x0.clamp(-1, 1) if self.clip_sample else x0
 
     def x0_and_noise(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,14 +199,14 @@ class Process:
         A clipped x_0 comes with the noise that belongs to it; the two would drift apart, badly so under guidance.
         """
         signal, sigma = self.coefficients(t, x)
-        x0 = self._clipped(self._x0(prediction, x, signal, sigma))
+        x0 = self._clip(self._x0(prediction, x, signal, sigma))
         return x0, (x - signal * x0) / sigma
 
     def clipped_x0_and_noise(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The same as diffusers' DDIM reads it: x_0 is clipped, the noise is that of the x_0 before."""
         x0 = self._x0(prediction, x, *self.coefficients(t, x))
         noise = prediction if self.prediction == "epsilon" else self.noise_in(x, x0, t)
-        return self._clipped(x0), noise
+        return self._clip(x0), noise
 
     def _x0(self, prediction: Tensor, x: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction == "epsilon":
@@ -243,12 +237,7 @@ class Process:
         """
         if self.is_flow:
             return -t.float() / self.timesteps
-        return self._on("clock", self._clock, t.device)[t.long()]
-
-    @cached_property
-    def _clock(self) -> Tensor:
-        with torch.inference_mode(False):
-            return ((self.alphas_cumprod / (1 - self.alphas_cumprod)).log() / 2).clamp(-_FAR, _FAR)
+        return self._table("clock", t.device)[t.long()]
 
     def held_clock(self, t: Tensor, following: Tensor) -> Tensor:
         """Where on the axis an x_0 is that, held from `t` [B] to `following` [B], does what one does that moves evenly.
@@ -267,4 +256,4 @@ class Process:
     def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
         """Timesteps [batch], uniform over the training grid, on the generator's device."""
         index = torch.randint(0, self.timesteps, (batch,), generator=generator, device=generator.device)
-        return self._on("grid", self._grid, index.device)[index] if self.is_flow else index
+        return self._table("grid", index.device)[index] if self.is_flow else index
